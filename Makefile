@@ -1,0 +1,42 @@
+# Everything works in a fresh clone: .venv is made when it is missing, and installed into again when setup.cfg or
+# constraints.txt changed.
+PYTHON ?= python3
+PYTEST_ARGS ?= -q
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(INSTALLED)  ## generate text with tensor parallelism, exact and compressed side by side
+	@$(BIN)/python -m megatron_lowbit generate --compare
+
+test: $(INSTALLED)  ## run the tests that take a few minutes in all (PYTEST_ARGS="-q -k codec" to choose)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-full: $(INSTALLED)  ## run the slow tests too
+	@$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not gpu"
+
+lint: $(INSTALLED)  ## check the code with ruff
+	@$(BIN)/ruff check .
+
+bench: $(INSTALLED)  ## measure the codecs on this machine, into benchmarks/results/codecs.json
+	@mkdir -p benchmarks/results
+	@$(BIN)/python benchmarks/codecs.py --json benchmarks/results/codecs.json
+
+clean:  ## remove what was built and cached (.venv stays)
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone: resolved together with the rest, pip may take the CUDA build and gigabytes with it.
+$(INSTALLED): setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+		"the pinned versions need Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[dev]'
+	@touch $@
