@@ -1,0 +1,266 @@
+"""Group-wise affine integers on CPU (numba): the arithmetic and the wire of `codecs/affine.py`, bit for bit.
+
+Everything happens in blocks of 32 values held in registers (cpu_simd.py). Encoding passes over a group twice: extremes,
+then codes, packed block by block. Extremes are taken on the ordered integer form of the floats, where NaN and Inf end
+up at the ends and one comparison finds them. Reducing keeps a block of sums in registers over all wires, so nothing but
+the wires is read and nothing but the result is written. A row's last, shorter block goes through a scratch block.
+
+fp32 and bf16 are read and written as they are; fp16 goes through a converted copy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from . import cpu_simd as simd
+from .cpu_simd import inline, jit
+
+if TYPE_CHECKING:
+    from ..codecs.affine import Affine
+
+_INF = np.int32(0x7F800000)  # ordered() of +Inf
+_MINUS_INF = np.int32(-0x7F800001)  # ordered() of -Inf
+_NAN = np.int32(0x7FC0)  # bf16
+_SMALLEST = np.float32(2.0**-126)
+_MAGIC = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, half to even
+_MAGIC_BITS = np.int32(0x4B400000)
+
+
+@inline
+def _bf16_value(bits):
+    return simd.as_float(bits << np.int32(16))
+
+
+@inline
+def _bf16_nearest(value):
+    """fp32, not NaN -> bf16 bits, to nearest even."""
+    bits = simd.as_int(value)
+    return ((bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)) & np.int32(0xFFFF)
+
+
+@inline
+def _bf16_down(value):
+    """fp32, not NaN -> bf16 bits, rounded towards minus infinity."""
+    bits = simd.as_int(value)
+    away = np.int32(1) if bits < 0 and (bits & np.int32(0xFFFF)) != 0 else np.int32(0)
+    return ((bits >> np.int32(16)) + away) & np.int32(0xFFFF)
+
+
+@inline
+def _parameters(lowest, highest, bits, sym):
+    """Ordered extremes of a group -> bf16 bits of scale and zero, both NaN where the group is not finite."""
+    if highest >= _INF or lowest <= _MINUS_INF:
+        return _NAN, _NAN
+    lo = simd.as_float(simd.ordered(lowest)) + np.float32(0)
+    hi = simd.as_float(simd.ordered(highest)) + np.float32(0)
+    if sym:
+        zero = np.int32(0)
+        scale = _bf16_nearest((lo if -lo >= hi else hi) / -np.float32(1 << (bits - 1)))
+    else:
+        zero = _bf16_down(lo)
+        span = hi - _bf16_value(zero)
+        if not (span - span == np.float32(0)):
+            return _NAN, _NAN
+        scale = _bf16_nearest(span / np.float32((1 << bits) - 1))
+    if abs(_bf16_value(scale)) < _SMALLEST:
+        scale = np.int32(0)
+    return scale, zero
+
+
+@inline
+def _load(address, bf16):
+    return simd.load_bf16(address) if bf16 else simd.load_fp32(address)
+
+
+@inline
+def _copy(source, target, nbytes):
+    for j in range(nbytes):
+        simd.store_byte(target + j, simd.load_byte(source + j))
+
+
+@inline
+def _store_tail(codes, n, address, width, shift):
+    """A block of n < 32 codes (memory of int32; n a multiple of 8) as one plane."""
+    size = n * width // 8
+    for j in range(size):
+        byte = np.int32(0)
+        for k in range(8 // width):
+            code = simd.load_byte(codes + 4 * (j + k * size))
+            byte |= ((code >> shift) & np.int32((1 << width) - 1)) << np.int32(k * width)
+        simd.store_byte(address + j, byte)
+
+
+@inline
+def _load_tail(codes, n, address, width, shift):
+    size = n * width // 8
+    for j in range(size):
+        byte = simd.load_byte(address + j)
+        for k in range(8 // width):
+            at = codes + 4 * (j + k * size)
+            part = ((byte >> np.int32(k * width)) & np.int32((1 << width) - 1)) << shift
+            simd.store_byte(at, simd.load_byte(at) | part)
+
+
+@jit
+def _encode(x, bf16, rows, features, p8, p4, p2, p1, scales, zeros, bits, group, sym):
+    scratch_memory = np.zeros(32, dtype=np.int32)
+    scratch = np.int64(scratch_memory.ctypes.data)
+    itemsize = 2 if bf16 else 4
+    top = np.int32((1 << bits) - 1)
+    half = np.int32(1 << (bits - 1)) if sym else np.int32(0)
+    below2, below1 = np.int32(bits & 4), np.int32(bits & 6)
+    padded = (features + 7) // 8 * 8
+    parameter = 0
+    for row in range(rows):
+        for start in range(0, features, group):
+            stop = min(start + group, features)
+            tail = (stop - start) % 32
+            source = x + (row * features + start) * itemsize
+            blocks = (stop - start) // 32
+            end = source + blocks * 32 * itemsize
+            if tail:  # repeating a value of the group leaves its extremes alone
+                for j in range(32):
+                    _copy(end + (j % tail) * itemsize, scratch + j * itemsize, itemsize)
+            first = source if blocks else scratch
+            lowest = simd.ordered(_load(scratch if tail else first, bf16))
+            highest = lowest
+            for block in range(blocks):
+                values = simd.ordered(_load(source + block * 32 * itemsize, bf16))
+                lowest = simd.minimum(lowest, values)
+                highest = simd.maximum(highest, values)
+            scale, zero = _parameters(simd.smallest(lowest), simd.largest(highest), bits, sym)
+            simd.store_half(scales + 2 * parameter, scale)
+            if not sym:
+                simd.store_half(zeros + 2 * parameter, zero)
+            parameter += 1
+            inverse = np.float32(0) if scale == 0 else np.float32(1) / _bf16_value(scale)
+            offset = _bf16_value(zero)
+            at = row * padded + start
+            for block in range(blocks + (1 if tail else 0)):
+                codes = simd.splat(np.int32(0))
+                if scale != _NAN:
+                    values = _load(source + block * 32 * itemsize if block < blocks else scratch, bf16)
+                    rounded = simd.fadd(simd.fmul(simd.fsub(values, offset), inverse), _MAGIC)
+                    codes = simd.minimum(simd.add(simd.sub(rounded, _MAGIC_BITS), half), top)
+                if block < blocks:
+                    if bits & 8:
+                        simd.store_plane(p8 + at, codes, 8, np.int32(0))
+                    if bits & 4:
+                        simd.store_plane(p4 + at // 2, codes, 4, np.int32(0))
+                    if bits & 2:
+                        simd.store_plane(p2 + at // 4, codes, 2, below2)
+                    if bits & 1:
+                        simd.store_plane(p1 + at // 8, codes, 1, below1)
+                    at += 32
+                else:
+                    simd.store_fp32(scratch, codes)
+                    n = (tail + 7) // 8 * 8
+                    for j in range(tail, n):
+                        simd.store_byte(scratch + 4 * j, np.int32(0))
+                    if bits & 8:
+                        _store_tail(scratch, n, p8 + at, 8, np.int32(0))
+                    if bits & 4:
+                        _store_tail(scratch, n, p4 + at // 2, 4, np.int32(0))
+                    if bits & 2:
+                        _store_tail(scratch, n, p2 + at // 4, 2, below2)
+                    if bits & 1:
+                        _store_tail(scratch, n, p1 + at // 8, 1, below1)
+
+
+@jit
+def _reduce(wires, stride, p8, p4, p2, p1, scales, zeros, bits, group, sym, out, bf16, rows, features):
+    scratch_memory = np.zeros(32, dtype=np.int32)
+    scratch = np.int64(scratch_memory.ctypes.data)
+    itemsize = 2 if bf16 else 4
+    half = np.int32(1 << (bits - 1)) if sym else np.int32(0)
+    below2, below1 = np.int32(bits & 4), np.int32(bits & 6)
+    groups = (features + group - 1) // group
+    padded = (features + 7) // 8 * 8
+    for row in range(rows):
+        for start in range(0, features, 32):
+            n = min(32, features - start)
+            parameter = 2 * (row * groups + start // group)
+            total = simd.splat(np.int32(0))
+            for wire in range(wires):
+                skip = wire * stride
+                at = row * padded + start
+                codes = simd.splat(np.int32(0))
+                if n == 32:
+                    if bits & 8:
+                        codes = simd.load_plane(p8 + skip + at, 8, np.int32(0))
+                    if bits & 4:
+                        codes = simd.load_plane(p4 + skip + at // 2, 4, np.int32(0))
+                    if bits & 2:
+                        codes = simd.or_(codes, simd.load_plane(p2 + skip + at // 4, 2, below2))
+                    if bits & 1:
+                        codes = simd.or_(codes, simd.load_plane(p1 + skip + at // 8, 1, below1))
+                else:
+                    n8 = (n + 7) // 8 * 8
+                    simd.store_fp32(scratch, codes)
+                    if bits & 8:
+                        _load_tail(scratch, n8, p8 + skip + at, 8, np.int32(0))
+                    if bits & 4:
+                        _load_tail(scratch, n8, p4 + skip + at // 2, 4, np.int32(0))
+                    if bits & 2:
+                        _load_tail(scratch, n8, p2 + skip + at // 4, 2, below2)
+                    if bits & 1:
+                        _load_tail(scratch, n8, p1 + skip + at // 8, 1, below1)
+                    codes = simd.load_fp32(scratch)
+                scale = _bf16_value(simd.load_half(scales + skip + parameter))
+                values = simd.fmul(simd.to_float(simd.sub(codes, half)), scale)
+                if not sym:
+                    values = simd.fadd(values, _bf16_value(simd.load_half(zeros + skip + parameter)))
+                total = values if wire == 0 else simd.fadd(total, values)
+            target = out + (row * features + start) * itemsize
+            place = target if n == 32 else scratch
+            if bf16:
+                simd.store_bf16(place, total)
+            else:
+                simd.store_fp32(place, total)
+            if n < 32:
+                _copy(scratch, target, n * itemsize)
+
+
+def _addresses(codec: Affine, wire: torch.Tensor, rows: int, features: int) -> list[int]:
+    """Of p8, p4, p2, p1, scales, zeros in one wire; 0 for an absent section."""
+    views = codec.split(wire, rows, features)
+    return [
+        views[name].data_ptr() if name in views else 0
+        for name in ("plane8", "plane4", "plane2", "plane1", "scales", "zeros")
+    ]
+
+
+def encode_rows(codec: Affine, x: torch.Tensor, wire: torch.Tensor) -> None:
+    """x [rows, features] contiguous -> wire, as `Codec.encode_rows`."""
+    values = x.float() if x.dtype == torch.float16 else x
+    _encode(
+        values.data_ptr(),
+        values.dtype == torch.bfloat16,
+        *x.shape,
+        *_addresses(codec, wire, *x.shape),
+        codec.bits,
+        codec.group,
+        codec.sym,
+    )
+    codec.clear_gaps(wire, *x.shape)
+
+
+def reduce_rows(codec: Affine, wires: torch.Tensor, out: torch.Tensor) -> None:
+    """Sum of the decoded wires -> out, as `Codec.reduce_rows`."""
+    target = torch.empty(out.shape, dtype=torch.float32) if out.dtype == torch.float16 else out
+    _reduce(
+        wires.shape[0],
+        wires.stride(0),
+        *_addresses(codec, wires[0], *out.shape),
+        codec.bits,
+        codec.group,
+        codec.sym,
+        target.data_ptr(),
+        target.dtype == torch.bfloat16,
+        *out.shape,
+    )
+    if target is not out:
+        out.copy_(target)

@@ -1,0 +1,23 @@
+"""What travels: one file per codec family, written as its definition in plain PyTorch."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ..spec import PASSTHROUGH, Leg, parse_leg
+from .affine import Affine
+from .base import Codec
+from .passthrough import Passthrough
+
+__all__ = ["Codec", "codec", "make"]
+
+
+def codec(spec: str) -> Codec:
+    """The codec of a one-leg spec such as "int4:g32". Raises ConfigError saying what is allowed."""
+    return make(parse_leg(spec))
+
+
+@lru_cache(maxsize=256)
+def make(leg: Leg) -> Codec:
+    """The codec of a parsed leg."""
+    return Passthrough(leg) if leg.name in PASSTHROUGH else Affine(leg)

@@ -1,0 +1,130 @@
+"""What a codec is: an immutable value object that turns rows of values into bytes and back.
+
+Subclasses define three things: `granularity`, the sections of the wire, and the arithmetic on rows. A *row* is a run of
+values along the last dimension that no quantization group crosses.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from math import prod
+
+import torch
+
+from ..errors import ConfigError
+
+ALIGNMENT = 16
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_tensor(x: torch.Tensor) -> None:
+    """Raise ConfigError unless x is a tensor of a dtype that partial sums have."""
+    if not isinstance(x, torch.Tensor):
+        raise ConfigError(f"expected a tensor, got {type(x).__name__}: pass a torch.Tensor of bf16, fp16 or fp32")
+    if x.dtype not in DTYPES:
+        raise ConfigError(
+            f"dtype {str(x.dtype).removeprefix('torch.')} cannot be compressed: pass bfloat16, float16 or "
+            "float32, or use torch.distributed directly"
+        )
+    if x.layout != torch.strided:
+        raise ConfigError(f"layout {x.layout} cannot be compressed: pass x.to_dense()")
+
+
+def rows_of(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+    """(rows, features) of a shape; a scalar is one row of one feature."""
+    return (prod(shape[:-1]), shape[-1]) if len(shape) else (1, 1)
+
+
+class Codec(ABC):
+    """Base of all codecs. Equal specs are equal codecs."""
+
+    spec: str
+
+    @abstractmethod
+    def granularity(self, features: int) -> int:
+        """The number of neighbouring values of a row that must travel together; a power of two, or `features`."""
+
+    @abstractmethod
+    def sections(self, rows: int, features: int) -> list[tuple[str, int]]:
+        """(name, bytes) of each section of the wire, in order, before alignment."""
+
+    @abstractmethod
+    def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
+        """x [rows, features] contiguous -> wire, uint8 [wire_nbytes(x.shape)], written in place."""
+
+    @abstractmethod
+    def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
+        """wires uint8 [n, at least wire_nbytes(out.shape)] -> out [rows, features], written in place.
+
+        out = decode(wires[0]) + decode(wires[1]) + ..., in that order, in fp32, rounded once to out's dtype.
+        """
+
+    def wire_nbytes(self, shape: torch.Size | tuple[int, ...]) -> int:
+        """Exact length of the wire in bytes, known without the data."""
+        return sum(_aligned(size) for _, size in self.sections(*rows_of(shape)))
+
+    def bits_per_value(self, shape: torch.Size | tuple[int, ...]) -> float:
+        """8 * wire_nbytes / numel: scales, zeros and padding included."""
+        numel = prod(shape)
+        return 8 * self.wire_nbytes(shape) / numel if numel else 0.0
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., features] bf16, fp16 or fp32 -> wire, uint8 [wire_nbytes(x.shape)], contiguous, on x's device.
+
+        Raises ConfigError for any other dtype.
+        """
+        check_tensor(x)
+        wire = torch.empty(self.wire_nbytes(x.shape), dtype=torch.uint8, device=x.device)
+        if wire.numel():
+            self.encode_rows(x.detach().contiguous().view(rows_of(x.shape)), wire)
+        return wire
+
+    def decode(self, wire: torch.Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """wire, uint8 [wire_nbytes(shape)] -> values of `shape` and `dtype` (bf16, fp16 or fp32).
+
+        Raises ConfigError for a wire of another length or dtype. Any bytes of the right length decode to something.
+        """
+        if dtype not in DTYPES:
+            raise ConfigError(f"cannot decode to {dtype}: use torch.bfloat16, torch.float16 or torch.float32")
+        expected = self.wire_nbytes(shape)
+        if wire.dtype != torch.uint8 or wire.numel() != expected:
+            raise ConfigError(
+                f"{self.spec} needs {expected} bytes of uint8 for shape {tuple(shape)}, got {wire.numel()} "
+                f"of {str(wire.dtype).removeprefix('torch.')}: pass the shape and the spec it was encoded with"
+            )
+        out = torch.empty(tuple(shape), dtype=dtype, device=wire.device)
+        if expected:
+            wire = wire.contiguous()
+            if wire.data_ptr() % ALIGNMENT:  # a slice of some larger buffer
+                wire = wire.clone()
+            self.reduce_rows(wire.view(1, -1), out.view(rows_of(shape)))
+        return out
+
+    def split(self, wire: torch.Tensor, rows: int, features: int) -> dict[str, torch.Tensor]:
+        """Views of the wire's sections: wire uint8 [..., n bytes] -> name -> uint8 [..., section bytes]."""
+        views, start = {}, 0
+        for name, size in self.sections(rows, features):
+            views[name] = wire[..., start : start + size]
+            start += _aligned(size)
+        return views
+
+    def clear_gaps(self, wire: torch.Tensor, rows: int, features: int) -> None:
+        """Zero the alignment gaps behind the sections of one wire, so that equal values make equal wires."""
+        start = 0
+        for _, size in self.sections(rows, features):
+            end, start = start + size, start + _aligned(size)
+            if end < start:
+                wire[end:start] = 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Codec) and self.spec == other.spec
+
+    def __hash__(self) -> int:
+        return hash(self.spec)
+
+    def __repr__(self) -> str:
+        return f"codec({self.spec!r})"
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,38 @@
+"""Uncompressed values on the wire: bf16, fp16, fp32.
+
+One section: the values, row by row. Conversion is PyTorch's own: round to nearest even, and a finite value beyond
+fp16's range becomes infinite (seen, not saturated silently). NaN and Inf pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..spec import Leg
+from .base import ALIGNMENT, Codec
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Passthrough(Codec):
+    def __init__(self, leg: Leg) -> None:
+        self.spec = str(leg)
+        self.dtype = _DTYPES[leg.name]
+
+    def granularity(self, features: int) -> int:
+        return ALIGNMENT // self.dtype.itemsize  # shards of whole 16-byte words
+
+    def sections(self, rows: int, features: int) -> list[tuple[str, int]]:
+        return [("values", rows * features * self.dtype.itemsize)]
+
+    def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
+        self._values(wire, x.shape).copy_(x)
+
+    def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
+        total = self._values(wires[0], out.shape).float()
+        for wire in wires[1:]:
+            total += self._values(wire, out.shape)
+        out.copy_(total)
+
+    def _values(self, wire: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        return self.split(wire, *shape)["values"].view(self.dtype).view(shape)

@@ -1,0 +1,49 @@
+"""CommConfig: validated once, frozen, every wrong value named."""
+
+import dataclasses
+
+import pytest
+
+import megatron_lowbit as lowbit
+
+
+def test_defaults_and_normal_forms():
+    config = lowbit.CommConfig(spec="int4", sites=["layers.*.mlp"])
+    assert (config.spec, config.algorithm, config.min_bytes, config.sites) == (
+        "int4:g32",
+        "auto",
+        None,
+        ("layers.*.mlp",),
+    )
+    assert config == lowbit.CommConfig(spec="int4:g32", sites="layers.*.mlp")
+    assert hash(config) == hash(lowbit.CommConfig(spec="int4:g32", sites="layers.*.mlp"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.spec = "int8"
+
+
+def test_sites_are_glob_patterns():
+    config = lowbit.CommConfig(sites=("layers.*.mlp", "layers.0.attention"))
+    assert config.selects("layers.11.mlp") and config.selects("layers.0.attention")
+    assert not config.selects("layers.1.attention")
+    assert lowbit.CommConfig().selects("anything")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"spec": "int1"}, "unknown codec 'int1'"),
+        ({"algorithm": "ring"}, "unknown algorithm 'ring': use one of auto"),
+        ({"algorithm": "hierarchical"}, "'hierarchical' is not available in this version"),
+        ({"min_bytes": -1}, "min_bytes is -1"),
+        ({"min_bytes": 1.5}, "min_bytes is 1.5"),
+        ({"min_bytes": True}, "min_bytes is True"),
+        ({"sites": ()}, "sites is"),
+        ({"sites": 3}, "sites is 3"),
+        ({"sites": [1]}, "sites is"),
+        ({"calibration": "x.safetensors"}, "calibration='x.safetensors' is not available in this version"),
+        ({"plan": "x.json"}, "plan='x.json' is not available in this version"),
+    ],
+)
+def test_wrong_values_are_named(arguments, message):
+    with pytest.raises(lowbit.ConfigError, match=message):
+        lowbit.CommConfig(**arguments)
