@@ -1,0 +1,47 @@
+"""Which algorithm for this call: a pure function of facts that all ranks share, so that ranks never disagree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import CommConfig
+
+# Messages of fewer bytes go uncompressed under "auto": (bytes, where this was measured).
+MIN_BYTES: dict[str, tuple[int, str]] = {
+    "cpu": (65536, "placeholder"),
+    "cuda": (1 << 20, "placeholder"),
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """algorithm: "one-shot", "two-step" or "exact"; fallback: why exact although a codec is configured, or None."""
+
+    algorithm: str
+    fallback: str | None = None
+
+
+def choose(config: CommConfig, site: str, nbytes: int, world: int, device: str) -> Decision:
+    """The algorithm for a message of `nbytes` (in its own dtype) among `world` ranks on a device type like "cuda"."""
+    if config.algorithm == "exact":
+        return Decision("exact")
+    if world == 1:
+        return Decision("exact", "world of one rank")
+    if not config.selects(site):
+        return Decision("exact", "site not selected")
+    if nbytes == 0:
+        return Decision("exact", "empty message")
+    if nbytes < minimum(config, device):
+        return Decision("exact", "below min_bytes")
+    if config.algorithm != "auto":
+        return Decision(config.algorithm)
+    # Two ranks: one-shot sends no more than two-step and quantizes once instead of twice. From three ranks on it sends
+    # N / 2 times as much.
+    return Decision("one-shot" if world == 2 else "two-step")
+
+
+def minimum(config: CommConfig, device: str) -> int:
+    """The smallest message, in bytes, that is compressed."""
+    if config.min_bytes is not None:
+        return config.min_bytes
+    return MIN_BYTES.get(device, MIN_BYTES["cpu"])[0] if config.algorithm == "auto" else 0

@@ -1,0 +1,70 @@
+"""Counters of what was really sent, per site: the proof that no path was taken silently."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+
+_lock = threading.Lock()
+_sites: dict[str, Site] = {}
+
+
+@dataclass
+class Site:
+    """Counters of one synchronization point on this rank. Bytes are payload this rank hands to the network."""
+
+    calls: int = 0
+    values: int = 0
+    bytes_sent: int = 0
+    bytes_bf16: int = 0
+    paths: Counter[str] = field(default_factory=Counter)
+    backends: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+
+def ring_bytes(nbytes: int, world: int) -> int:
+    """Bytes one rank sends in a bandwidth-optimal exact all-reduce of `nbytes`: 2 (N - 1) / N of them."""
+    return 2 * nbytes * (world - 1) // world
+
+
+def record(site: str, *, values: int, world: int, sent: int, path: str, backend: str, fallback: str | None) -> None:
+    """Count one call. `fallback`: why the call went uncompressed although a codec is configured, or None."""
+    with _lock:
+        counters = _sites.setdefault(site, Site())
+        counters.calls += 1
+        counters.values += values
+        counters.bytes_sent += sent
+        counters.bytes_bf16 += ring_bytes(2 * values, world)
+        counters.paths[path] += 1
+        if path != "exact":
+            counters.backends[backend] += 1
+        if fallback is not None:
+            counters.fallbacks[fallback] += 1
+
+
+def stats() -> dict[str, dict]:
+    """Per site, since the start or `reset_stats()`, on this rank:
+
+    calls, values; bytes_sent; bytes_bf16 (what an exact bf16 ring all-reduce would have sent); paths {"one-shot",
+    "two-step" or "exact": calls}; backends {name: compressed calls}; fallbacks {reason: calls that went exact}.
+    """
+    with _lock:
+        return {
+            name: {
+                "calls": s.calls,
+                "values": s.values,
+                "bytes_sent": s.bytes_sent,
+                "bytes_bf16": s.bytes_bf16,
+                "paths": dict(s.paths),
+                "backends": dict(s.backends),
+                "fallbacks": dict(s.fallbacks),
+            }
+            for name, s in sorted(_sites.items())
+        }
+
+
+def reset_stats() -> None:
+    """Set every counter back to nothing."""
+    with _lock:
+        _sites.clear()

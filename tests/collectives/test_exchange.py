@@ -1,0 +1,93 @@
+"""The configuration handshake, and buffers that are reused."""
+
+import os
+import time
+
+import pytest
+import torch
+
+import megatron_lowbit as lowbit
+from megatron_lowbit.collectives.exchange import Workspace
+from tests.ranks import run_ranks
+
+
+def test_workspace_grows_and_reuses():
+    workspace, cpu = Workspace(), torch.device("cpu")
+    first = workspace.bytes("a", 100, cpu)
+    assert workspace.bytes("a", 50, cpu).data_ptr() == first.data_ptr()
+    assert workspace.bytes("b", 50, cpu).data_ptr() != first.data_ptr()
+    assert workspace.bytes("a", 200, cpu).numel() == 200
+    assert workspace.floats("a", (5, 10), cpu).shape == (5, 10)
+
+
+def _no_growth(rank, world):
+    x = torch.randn(64, 512)
+    lowbit.all_reduce(x, "int4:g32", algorithm="two-step")
+    from megatron_lowbit.communicator import communicator
+
+    workspace = communicator(None, lowbit.CommConfig("int4:g32", "two-step"))._workspace
+    before = {name: buffer.data_ptr() for name, buffer in workspace._buffers.items()}
+    for rows in (64, 1, 33, 64):
+        lowbit.all_reduce(x[:rows], "int4:g32", algorithm="two-step")
+    return before == {name: buffer.data_ptr() for name, buffer in workspace._buffers.items()}
+
+
+def test_calls_allocate_no_new_buffers():
+    assert run_ranks(2, _no_growth) == [True, True]
+
+
+def _mismatch(rank, world, kind):
+    spec = "int8:g128" if kind == "spec" and rank == 1 else "int4:g32"
+    if kind == "backend" and rank == 2:
+        os.environ["LOWBIT_BACKEND"] = "reference"
+    if kind == "version" and rank == 1:
+        lowbit.__version__ = "9.9.9"
+    try:
+        lowbit.all_reduce(torch.zeros(2, 64), spec, min_bytes=7 if kind == "min_bytes" and rank == 2 else 0)
+    except lowbit.LowBitError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    "kind, sides",
+    [
+        ("spec", "spec: rank 0 has 'int4:g32', rank 1 has 'int8:g128'"),
+        ("min_bytes", "min_bytes: rank 0 has 0, rank 2 has 7"),
+        ("backend", "backend: rank 0 has 'numba', rank 2 has 'reference'"),
+        ("version", "version: rank 0 has '0.1.0', rank 1 has '9.9.9'"),
+    ],
+)
+def test_ranks_that_disagree_all_get_an_error_naming_both_sides(kind, sides):
+    for message in run_ranks(3, _mismatch, kind):
+        assert message.startswith(f"ranks disagree on {sides}")
+
+
+def _one_dies(rank, world):
+    x = torch.zeros(8, 64)
+    lowbit.all_reduce(x, "int4:g32", algorithm="two-step")
+    if rank == 1:
+        os._exit(0)
+    start = time.monotonic()
+    try:
+        for _ in range(3):
+            lowbit.all_reduce(x, "int4:g32", algorithm="two-step")
+    except lowbit.RankError as error:
+        message = f"{time.monotonic() - start < 30} {error}"
+    else:
+        message = "no error"
+    torch.save(message, os.environ["RESULT"] + f"/{rank}")
+    os._exit(0)
+
+
+def test_when_a_rank_dies_the_others_end_with_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESULT", str(tmp_path))
+    run_ranks(3, _with_result_folder, str(tmp_path), timeout=60, dead=(0, 1, 2))
+    for rank in (0, 2):
+        message = torch.load(tmp_path / str(rank), weights_only=True)
+        assert message.startswith(f"True rank {rank} lost the other ranks of its group of 3")
+
+
+def _with_result_folder(rank, world, folder):
+    os.environ["RESULT"] = folder
+    _one_dies(rank, world)

@@ -1,0 +1,81 @@
+"""The functional interface's own checks; what ranks compute is tested in tests/collectives."""
+
+import pytest
+import torch
+
+import megatron_lowbit as lowbit
+from tests.ranks import run_ranks
+
+
+def test_without_a_process_group():
+    with pytest.raises(lowbit.ConfigError, match="init_process_group first, or start the program with torchrun"):
+        lowbit.all_reduce(torch.zeros(4), "int4:g32")
+
+
+def _bad_input(rank, world):
+    messages = []
+    for x in (
+        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(4, dtype=torch.complex64),
+        torch.zeros(4, dtype=torch.float64),
+        torch.zeros(4, requires_grad=True),
+        [1.0],
+        torch.zeros(4, 4).to_sparse(),
+    ):
+        try:
+            lowbit.all_reduce(x, "int4:g32")
+        except lowbit.ConfigError as error:
+            messages.append(str(error))
+    try:
+        lowbit.all_reduce(torch.zeros(4), "int4:g32", group="world")
+    except lowbit.ConfigError as error:
+        messages.append(str(error))
+    return messages
+
+
+def test_bad_tensors_and_groups():
+    for messages in run_ranks(2, _bad_input):
+        expected = [
+            "dtype int64",
+            "dtype complex64",
+            "dtype float64",
+            "requires grad",
+            "got list",
+            "layout",
+            "group is 'world'",
+        ]
+        assert len(messages) == len(expected)
+        assert all(part in message for part, message in zip(expected, messages, strict=True))
+
+
+def _gate(rank, world):
+    lowbit.reset_stats()
+    from megatron_lowbit.policy import MIN_BYTES
+
+    limit = MIN_BYTES["cpu"][0]
+    small, large = torch.ones(limit // 4 - 1), torch.ones(limit // 4)
+    lowbit.all_reduce(small, "int4:g32")
+    lowbit.all_reduce(large, "int4:g32")
+    return lowbit.stats()["all_reduce"]
+
+
+def test_small_messages_go_exact_and_are_counted():
+    for stats in run_ranks(2, _gate):
+        assert stats["paths"] == {"exact": 1, "one-shot": 1} and stats["fallbacks"] == {"below min_bytes": 1}
+
+
+def _groups_come_and_go(rank, world):
+    import torch.distributed as dist
+
+    results = []
+    for _ in range(3):
+        group = dist.new_group([0, 1])
+        results.append(lowbit.all_reduce(torch.full((1, 32), float(rank)), "int8:g32", group=group, min_bytes=0))
+        dist.destroy_process_group(group)
+        del group
+    return results
+
+
+def test_a_group_made_anew_gets_a_communicator_of_its_own():
+    for results in run_ranks(2, _groups_come_and_go):
+        assert all(torch.equal(r, torch.ones(1, 32)) for r in results)

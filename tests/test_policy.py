@@ -1,0 +1,39 @@
+"""The policy is a pure function of facts that all ranks share."""
+
+import itertools
+
+import pytest
+
+from megatron_lowbit.config import ALGORITHMS, CommConfig
+from megatron_lowbit.policy import MIN_BYTES, Decision, choose, minimum
+
+
+def test_over_the_whole_input_space():
+    for algorithm, limit, world, nbytes, device, site in itertools.product(
+        ALGORITHMS,
+        (None, 0, 1000),
+        range(1, 9),
+        (0, 2, 999, 1000, 1 << 30),
+        ("cpu", "cuda", "xpu"),
+        ("a.mlp", "a.attention"),
+    ):
+        config = CommConfig(algorithm=algorithm, min_bytes=limit, sites=("*.mlp",))
+        decision = choose(config, site, nbytes, world, device)
+        compressed = (
+            algorithm != "exact" and world > 1 and site == "a.mlp" and nbytes > 0 and nbytes >= minimum(config, device)
+        )
+        assert (decision.algorithm != "exact") == compressed
+        assert (decision.fallback is None) == (compressed or algorithm == "exact")
+        if compressed and algorithm == "auto":
+            assert decision.algorithm == ("one-shot" if world == 2 else "two-step")
+        elif compressed:
+            assert decision.algorithm == algorithm
+
+
+@pytest.mark.parametrize("device", MIN_BYTES)
+def test_auto_has_a_measured_threshold_and_a_named_algorithm_none(device):
+    limit, source = MIN_BYTES[device]
+    assert minimum(CommConfig(), device) == limit > 0 and len(source) > 20
+    assert minimum(CommConfig(algorithm="two-step"), device) == 0
+    assert choose(CommConfig(), "s", limit - 1, 2, device) == Decision("exact", "below min_bytes")
+    assert choose(CommConfig(), "s", limit, 2, device) == Decision("one-shot")
