@@ -1,0 +1,77 @@
+"""Lets Megatron-Core build a model and run its static inference engine on a machine without CUDA.
+
+Megatron-Core 0.16 asks `torch.cuda` for the current device, for timing events and for synchronization even when every
+tensor lives on the CPU. `enable()` answers those calls; where CUDA exists it changes nothing. What it cannot cure, the
+caller must: build with `use_cpu_initialization=True` and an inference RNG tracker, and pass an attention mask (Megatron
+makes its default causal mask on "cuda").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Handle:
+    """What `enable()` changed. `disable()` puts every original back; calling it again does nothing."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[object, str, bool, Any]] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether replacements are in place; always False where CUDA exists."""
+        return bool(self._saved)
+
+    def _replace(self, owner: object, name: str, value: Any) -> None:
+        self._saved.append((owner, name, name in vars(owner), getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def disable(self) -> None:
+        """Restores `torch` as it was before `enable()`."""
+        while self._saved:
+            owner, name, own, original = self._saved.pop()
+            if own:
+                setattr(owner, name, original)
+            else:  # an inherited attribute (torch.Tensor.cuda): uncover it instead of copying it down
+                delattr(owner, name)
+
+
+class _Event:
+    """Stands in for `torch.cuda.Event`, which Megatron uses to time steps; here every interval is zero."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Any) -> float:
+        return 0.0
+
+
+_handle = Handle()
+
+
+def enable() -> Handle:
+    """Makes Megatron-Core's CUDA calls harmless on a machine without CUDA.
+
+    There is one set of replacements per process: calling this again returns the same handle, and one `disable()`
+    restores everything. Where `torch.cuda.is_available()` nothing is replaced.
+    """
+    if not torch.cuda.is_available() and not _handle.active:
+        _handle._replace(torch.cuda, "current_device", lambda: torch.device("cpu"))
+        _handle._replace(torch.cuda, "synchronize", lambda device=None: None)
+        _handle._replace(torch.cuda, "Event", _Event)
+        _handle._replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    return _handle

@@ -1,0 +1,250 @@
+"""The Megatron-Core patch: which reduces it takes, what comes out, and that it leaves no trace."""
+
+import pytest
+import torch
+
+import megatron_lowbit as lowbit
+from tests.ranks import run_ranks
+
+LAYERS, HIDDEN = 3, 64
+
+
+def _build(tp, bias=False, row=None):
+    """A tiny GPTModel whose weights depend on nothing but their names and this rank's shard of them."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnBackend
+
+    from megatron_lowbit.engines.megatron import init_tensor_parallel
+    from megatron_lowbit.patches import megatron_cpu
+
+    megatron_cpu.enable()
+    init_tensor_parallel(tp)
+    config = TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        ffn_hidden_size=128,
+        num_attention_heads=4,
+        add_bias_linear=bias,
+        tensor_model_parallel_size=tp,
+        use_cpu_initialization=True,
+        attention_backend=AttnBackend.local,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    spec = get_gpt_layer_local_spec(normalization="LayerNorm")
+    if row is not None:
+        spec.submodules.mlp.submodules.linear_fc2 = row
+    model = GPTModel(config, spec, vocab_size=96, max_sequence_length=32, position_embedding_type="rope").eval()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    for index, (_, parameter) in enumerate(model.named_parameters()):
+        split = getattr(parameter, "tensor_model_parallel", False)
+        seed = 100 * index + (rank if split else 0)
+        generator = torch.Generator().manual_seed(seed)
+        if parameter.ndim > 1 or bias:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def _logits(model, length=7):
+    ids = torch.arange(2 * length).view(2, length) * 5 % 96
+    positions = torch.arange(length).expand_as(ids)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    return model(ids, positions, mask, runtime_gather_output=True)
+
+
+def _record_partials(model, spec, algorithm):
+    """Run with every row-parallel reduce replaced by: gather all partial products exactly, then simulate the ranks."""
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import layers
+
+    original = layers.reduce_from_tensor_model_parallel_region
+
+    def simulated(x, group=None):
+        if x.shape[1] == 7:  # the embedding's [batch, sequence, hidden]; the layers' are [sequence, batch, hidden]
+            return original(x, group=group)
+        partials = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(partials, x.contiguous())
+        return lowbit.simulate.all_reduce(partials, spec, algorithm)
+
+    layers.reduce_from_tensor_model_parallel_region = simulated
+    try:
+        return _logits(model)
+    finally:
+        layers.reduce_from_tensor_model_parallel_region = original
+
+
+@torch.no_grad()
+def _everything(rank, world):
+    from megatron.core.tensor_parallel.layers import RowParallelLinear
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    from megatron_lowbit.patches import megatron_core
+
+    original = RowParallelLinear.forward, TransformerLayer.__init__
+    results = {}
+    for bias in (False, True):
+        model = _build(world, bias)
+        exact = _logits(model)
+        for spec, algorithm in (("int6:g32", "one-shot"), ("int5:g32/int8:g64", "two-step")):
+            config = lowbit.CommConfig(spec=spec, algorithm=algorithm)
+            lowbit.reset_stats()
+            keys = list(model.state_dict())
+            with megatron_core.enable(config, model) as handle:
+                results[f"sites {bias}"] = list(handle.sites)
+                compressed = _logits(model)
+                results[f"stats {bias} {spec}"] = lowbit.stats()
+                results[f"keys {bias}"] = keys == list(model.state_dict())
+            results[f"logits {bias} {spec}"] = [exact, compressed, _record_partials(model, spec, algorithm)]
+            results[f"restored {bias} {spec}"] = torch.equal(_logits(model), exact)
+    lowbit.reset_stats()
+    with megatron_core.enable(lowbit.CommConfig(spec="int6:g32", algorithm="one-shot")) as handle:
+        model = _build(world)
+        results["process-wide"] = [_logits(model), list(handle.sites), lowbit.stats()]
+        handle.verify()
+        try:
+            megatron_core.enable(lowbit.CommConfig())
+        except lowbit.ConfigError as error:
+            results["twice"] = str(error)
+    results["classes restored"] = (RowParallelLinear.forward, TransformerLayer.__init__) == original
+    lowbit.reset_stats()
+    only_mlp = lowbit.CommConfig(spec="int6:g32", algorithm="one-shot", sites=("layers.*.mlp",))
+    with megatron_core.enable(only_mlp, model):
+        _logits(model)
+        results["mlp only"] = lowbit.stats()
+    lowbit.reset_stats()
+    with megatron_core.enable(lowbit.CommConfig(spec="int6:g32", algorithm="one-shot"), model), torch.enable_grad():
+        results["training"] = [_logits(model).requires_grad, lowbit.stats()]
+    return results
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    return run_ranks(2, _everything, timeout=200)
+
+
+SITES = [f"layers.{layer}.{kind}" for layer in range(LAYERS) for kind in ("attention", "mlp")]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_two_reduces_per_layer_are_compressed_and_nothing_else(two_ranks, bias):
+    for rank in two_ranks:
+        assert sorted(rank[f"sites {bias}"]) == SITES and rank[f"keys {bias}"]
+        for spec, path in (("int6:g32", "one-shot"), ("int5:g32/int8:g64", "two-step")):
+            stats = rank[f"stats {bias} {spec}"]
+            assert sorted(stats) == SITES
+            for site in stats.values():
+                assert site["paths"] == {path: 1} and site["fallbacks"] == {}
+                assert site["values"] == 2 * 7 * HIDDEN
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("spec", ["int6:g32", "int5:g32/int8:g64"])
+def test_logits_equal_an_independent_simulation(two_ranks, bias, spec):
+    exact, compressed, simulated = two_ranks[0][f"logits {bias} {spec}"]
+    assert torch.equal(compressed, simulated)
+    assert not torch.equal(compressed, exact)
+    assert (compressed - exact).norm() < 0.2 * exact.norm()
+    assert torch.equal(two_ranks[1][f"logits {bias} {spec}"][1], compressed)
+
+
+def test_disabling_restores_everything(two_ranks):
+    for rank in two_ranks:
+        assert all(value for key, value in rank.items() if key.startswith("restored"))
+        assert rank["classes restored"]
+
+
+def test_the_process_wide_route_does_the_same(two_ranks):
+    for rank in two_ranks:
+        logits, sites, stats = rank["process-wide"]
+        assert torch.equal(logits, rank["logits False int6:g32"][1])
+        assert sorted(sites) == SITES == sorted(stats)
+        assert rank["twice"] == "already enabled with spec 'int6:g32': call that handle's disable() first"
+
+
+def test_unselected_sites_and_training_go_exact_and_are_counted(two_ranks):
+    for rank in two_ranks:
+        for site, stats in rank["mlp only"].items():
+            expected = {"one-shot": 1} if site.endswith("mlp") else {"exact": 1}
+            assert stats["paths"] == expected
+        requires_grad, stats = rank["training"]
+        assert requires_grad
+        assert all(site["fallbacks"] == {"gradient mode": 1} for site in stats.values()) and sorted(stats) == SITES
+
+
+def _te_row_parallel():
+    """Stands in for Transformer Engine's layer, which reduces by itself."""
+    from megatron.core.tensor_parallel.layers import RowParallelLinear
+
+    return type("TERowParallelLinear", (RowParallelLinear,), {})
+
+
+def _refusals(rank, world):
+    from megatron_lowbit.patches import megatron_core
+
+    model = _build(world)
+    config = lowbit.CommConfig(spec="int6:g32")
+    messages = []
+
+    def refused(function):
+        try:
+            function()
+        except lowbit.LowBitError as error:
+            messages.append(str(error))
+        else:
+            messages.append("no error")
+
+    refused(lambda: megatron_core.enable(config, torch.nn.Linear(2, 2)))
+    refused(lambda: megatron_core.enable(config, []))
+    refused(lambda: megatron_core.enable("int4", model))
+    with megatron_core.enable(config, model):
+        refused(lambda: megatron_core.enable(config, model))
+    original = model.decoder.layers[1].mlp.linear_fc2
+    model.decoder.layers[1].mlp.linear_fc2 = _build(world, row=_te_row_parallel()).decoder.layers[0].mlp.linear_fc2
+    refused(lambda: megatron_core.enable(config, model))
+    messages.append(f"{type(model.decoder.layers[0].mlp.linear_fc2).__name__}")
+    model.decoder.layers[1].mlp.linear_fc2 = original
+    original.sequence_parallel = True
+    refused(lambda: megatron_core.enable(config, model))
+    with megatron_core.enable(config) as handle:
+        refused(handle.verify)
+        with torch.no_grad():
+            refused(lambda: original(torch.zeros(2, 2, 64)))
+        refused(lambda: _build(world, row=_te_row_parallel()))
+    return messages
+
+
+def test_what_is_not_covered_is_a_loud_error():
+    expected = [
+        "no RowParallelLinear in Linear: pass a Megatron-Core model",
+        "no RowParallelLinear in an empty list",
+        "config is 'int4': pass a CommConfig",
+        "disable the earlier handle first",
+        "is a TERowParallelLinear, whose reduce is not covered in this version: build the model with the local layer spec",
+        "RowParallelLinear",
+        "sequence_parallel=False",
+        "no row-parallel layer was built under it",
+        "sequence parallelism reduce-scatters, which is not available in this version",
+        "mlp.linear_fc2 is a TERowParallelLinear, whose reduce is not covered",
+    ]
+    for messages in run_ranks(2, _refusals, timeout=200):
+        assert len(messages) == len(expected)
+        for message, part in zip(messages, expected, strict=True):
+            assert part in message and message != "no error", (message, part)
+
+
+def _one_rank(rank, world):
+    from megatron_lowbit.patches import megatron_core
+
+    lowbit.reset_stats()
+    model = _build(1)
+    with torch.no_grad():
+        before = _logits(model)
+        with megatron_core.enable(lowbit.CommConfig(spec="int2:g32"), model):
+            return torch.equal(_logits(model), before) and lowbit.stats() == {}
+
+
+def test_a_world_of_one_is_left_alone():
+    assert run_ranks(1, _one_rank) == [True]
