@@ -1,0 +1,274 @@
+"""`generate`: text generation under tensor parallelism, with and without compressed communication."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import telemetry
+from ..config import ALGORITHMS, CommConfig
+from ..errors import ConfigError, ModelError
+from . import launch, report
+
+if TYPE_CHECKING:
+    from ..engines.base import Engine, Sampling
+
+HELP = "generate text with tensor parallelism, compressed or not"
+DESCRIPTION = """Generate text with tensor parallelism through the framework's own inference engine. Starts its
+own ranks, unless torchrun already did. With --compare: once exactly and once compressed, side by side."""
+EXAMPLES = """examples:
+  megatron-lowbit generate --compare
+  megatron-lowbit generate --model ~/models/Llama-3.2-1B --tp 4 --comm int4:g32/int8:g128 --prompt "Once upon a time"
+  megatron-lowbit generate --comm int3:g32 --compare --prompts prompts.txt --text held-out.txt --json result.json
+  torchrun --nproc-per-node 2 -m megatron_lowbit generate --tp 2 --temperature 0.8 --top-k 40 --seed 7
+"""
+BUNDLED = Path(__file__).resolve().parents[2] / "examples"
+DEFAULT_SPEC = "int6:g64"
+EXACT = "exact"
+PLANNED_ENGINES = ("deepspeed", "transformers")
+DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `generate`."""
+    what = parser.add_argument_group("model")
+    what.add_argument(
+        "--model", type=Path, metavar="DIR", help="Hugging Face Llama folder (default: the bundled model)"
+    )
+    what.add_argument("--engine", default="megatron", help="framework that runs the model: megatron (default)")
+    what.add_argument(
+        "--tp", type=int, metavar="N", help="tensor-parallel ranks (default: 2, or as many as torchrun started)"
+    )
+    what.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of weights and activations (default: the checkpoint's)"
+    )
+    comm = parser.add_argument_group("communication")
+    comm.add_argument(
+        "--comm",
+        metavar="SPEC",
+        default=DEFAULT_SPEC,
+        help=f"what partial sums travel as, such as int4:g32/int8:g128; '{EXACT}': uncompressed (default: %(default)s)",
+    )
+    comm.add_argument(
+        "--comm-algorithm", metavar="NAME", default="auto", help=f"one of {', '.join(ALGORITHMS)} (default: auto)"
+    )
+    comm.add_argument(
+        "--comm-min-bytes",
+        type=int,
+        metavar="N",
+        default=0,
+        help="leave smaller messages uncompressed (default: 0, so that every message shows its cost in accuracy; "
+        "for speed, decode messages are better left exact)",
+    )
+    comm.add_argument(
+        "--comm-sites", metavar="GLOB", action="append", help="compress these sites only, such as 'layers.*.mlp'"
+    )
+    comm.add_argument("--compare", action="store_true", help="run exactly as well, and compare")
+    comm.add_argument(
+        "--timeout", type=float, metavar="SECONDS", default=300, help="give up on a silent rank (default: 300)"
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompt", action="append", metavar="TEXT", help="prompt; may be repeated")
+    text.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one per line")
+    text.add_argument("--max-new-tokens", type=int, metavar="N", default=48, help="per prompt (default: %(default)s)")
+    text.add_argument(
+        "--temperature", type=float, metavar="T", help="0: greedy (default: greedy, or 1 with --top-k or --top-p)"
+    )
+    text.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
+    text.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens that hold probability P"
+    )
+    text.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    text.add_argument(
+        "--text", type=Path, metavar="FILE", help="text to measure perplexity on (default: the bundled one)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+
+
+@dataclass(frozen=True)
+class Job:
+    """The checked arguments."""
+
+    model: Path
+    engine: str
+    tp: int
+    dtype: str | None
+    config: CommConfig | None  # None: exact only
+    compare: bool
+    prompts: tuple[str, ...]
+    sampling: Sampling
+    text: str | None  # None: no perplexity
+    json: Path | None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything once, then start ranks or, inside one, do the work. Returns the exit code."""
+    job = check(arguments)
+    if launch.world_size() is None:
+        return launch.start_ranks(job.tp, arguments.argv, arguments.debug)
+    with launch.process_group(job.tp, arguments.timeout):
+        work(job)
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> Job:
+    """Arguments -> Job. Raises ConfigError or ModelError for anything that can be known before a model is loaded."""
+    if arguments.engine in PLANNED_ENGINES:
+        raise ConfigError(f"--engine {arguments.engine} is not available in this version: use megatron")
+    if arguments.engine != "megatron":
+        raise ConfigError(f"unknown --engine {arguments.engine!r}: use megatron")
+    config = None
+    if arguments.comm != EXACT:
+        config = CommConfig(
+            arguments.comm,
+            arguments.comm_algorithm,
+            arguments.comm_min_bytes,
+            arguments.comm_sites and tuple(arguments.comm_sites),
+        )
+    elif arguments.compare:
+        raise ConfigError(
+            f"--compare with --comm {EXACT} would compare exact with exact: give a spec such as {DEFAULT_SPEC}"
+        )
+    tp = arguments.tp if arguments.tp is not None else launch.world_size() or 2
+    if config is not None and tp == 1:
+        raise ConfigError(
+            f"--tp 1 has nothing to communicate, so nothing to compress: give --tp 2 or more, or --comm {EXACT}"
+        )
+    model = _bundled(arguments.model, "model", "--model DIR")
+    try:
+        from ..engines.hf_llama import Checkpoint, check_tensor_parallel, read_config
+    except ImportError as error:
+        raise ModelError(f"{error}: pip install 'megatron-lowbit[megatron]'") from error
+    llama = read_config(model)
+    check_tensor_parallel(llama, tp)
+    Checkpoint(model, llama)
+    text_file = (
+        arguments.text if arguments.text or not (BUNDLED / "sample_text.txt").is_file() else BUNDLED / "sample_text.txt"
+    )
+    if arguments.json and not arguments.json.resolve().parent.is_dir():
+        raise ConfigError(
+            f"--json {arguments.json}: there is no folder {arguments.json.resolve().parent}; make it first"
+        )
+    if not arguments.timeout > 0:
+        raise ConfigError(f"--timeout is {arguments.timeout}: give seconds above 0")
+    return Job(
+        model,
+        arguments.engine,
+        tp,
+        DTYPES[arguments.dtype],
+        config,
+        arguments.compare,
+        tuple(_prompts(arguments)),
+        _sampling(arguments),
+        _read(text_file, "--text") if text_file else None,
+        arguments.json,
+    )
+
+
+def work(job: Job) -> None:
+    """Inside a rank: load, run, report."""
+    import torch
+
+    engine = _engine(job)
+    show = report.Report(job, rank=int(os.environ["RANK"]))
+    results = {}
+    if job.compare or job.config is None:
+        results["exact"] = _measure(engine, job, CommConfig(algorithm="exact"), show.stream("exact"))
+    if job.config is not None:
+        results["compressed"] = _measure(engine, job, job.config, show.stream(job.config.spec))
+        if not any(set(site["paths"]) - {"exact"} for site in results["compressed"]["stats"].values()):
+            raise ModelError(
+                f"nothing was compressed: no message reached --comm-min-bytes {job.config.min_bytes} at a selected "
+                "site; lower it, or give other --comm-sites"
+            )
+    if len(results) == 2:
+        results["compressed"]["token_agreement"] = agreement(
+            results["exact"]["tokens"], results["compressed"]["tokens"]
+        )
+    torch.distributed.barrier()
+    show.finish(results)
+
+
+def agreement(exact: list[tuple[int, ...]], compressed: list[tuple[int, ...]]) -> float:
+    """Fraction of positions, over all prompts, at which both runs chose the same token."""
+    pairs = [
+        (a, b)
+        for left, right in zip(exact, compressed, strict=True)
+        for a, b in zip(left + (-1,) * (len(right) - len(left)), right + (-1,) * (len(left) - len(right)), strict=True)
+    ]
+    return sum(a == b for a, b in pairs) / len(pairs) if pairs else math.nan
+
+
+def _measure(engine: Engine, job: Job, config: CommConfig, stream) -> dict:
+    """One run: generation (timed), perplexity, and what both sent."""
+    from ..patches import megatron_core
+
+    telemetry.reset_stats()
+    with megatron_core.enable(config, engine.model):
+        start, generations = time.perf_counter(), []
+        for index, prompt in enumerate(job.prompts):  # one by one, so that the text can be read as it comes
+            stream.begin(prompt)
+            generations += engine.generate([prompt], job.sampling, lambda _, piece: stream.write(piece))
+            stream.end(index)
+        seconds = time.perf_counter() - start
+        perplexity = engine.perplexity(job.text).value if job.text else None
+    stats = telemetry.stats()
+    return {
+        "texts": [g.text for g in generations],
+        "tokens": [g.tokens for g in generations],
+        "perplexity": perplexity,
+        "seconds": seconds,
+        "bytes_sent": sum(site["bytes_sent"] for site in stats.values()),
+        "bytes_exact": sum(site["bytes_bf16"] for site in stats.values()),
+        "stats": stats,
+    }
+
+
+def _engine(job: Job) -> Engine:
+    import torch
+
+    from ..engines.megatron import MegatronEngine
+
+    return MegatronEngine(job.model, job.tp, job.dtype and getattr(torch, job.dtype), progress=True)
+
+
+def _bundled(given: Path | None, name: str, option: str) -> Path:
+    if given is None and not (BUNDLED / name).exists():
+        raise ConfigError(f"this install has no bundled {name}: give {option}, or run from a clone of the repository")
+    return given or BUNDLED / name
+
+
+def _read(path: Path, option: str) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path} cannot be read as UTF-8 text ({error}): give a text file") from error
+    if not text.strip():
+        raise ConfigError(f"{option} {path} is empty: give a file with text")
+    return text
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts = list(arguments.prompt or [])
+    if any(not prompt.strip() for prompt in prompts):
+        raise ConfigError("--prompt is empty: give at least one word")
+    if arguments.prompts or not prompts:
+        path = arguments.prompts or _bundled(None, "prompts.txt", "--prompt TEXT")
+        prompts += [line.strip() for line in _read(path, "--prompts").splitlines() if line.strip()]
+    return prompts
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    from ..engines.base import Sampling
+
+    asked = arguments.top_k is not None or arguments.top_p is not None
+    temperature = arguments.temperature if arguments.temperature is not None else float(asked)
+    common = {"max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}
+    if temperature == 0:
+        return Sampling(**common)
+    return Sampling(temperature=temperature, top_k=arguments.top_k or 0, top_p=arguments.top_p or 0.0, **common)

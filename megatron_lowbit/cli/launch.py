@@ -1,0 +1,75 @@
+"""Starting one process per rank on this machine, with torch's elastic launcher, unless a launcher already did."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import signal
+import sys
+from contextlib import contextmanager
+
+from ..errors import ConfigError, RankError
+
+
+def world_size() -> int | None:
+    """How many ranks the surrounding launcher started; None outside of one."""
+    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() else None
+
+
+def start_ranks(ranks: int, argv: list[str], debug: bool) -> int:
+    """Run `python -m megatron_lowbit argv…` once per rank -> exit code. Ranks write to this terminal themselves.
+
+    A failing rank ends the others. Raises RankError for one that was killed by a signal.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if not debug:
+        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    if not debug:
+        environment |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+    os.environ.update(environment)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"lowbit-{os.getpid()}",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "megatron_lowbit", *argv)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            raise RankError(
+                f"rank {rank} was killed by {name}; if the kernel did it for want of memory, use more ranks "
+                "or a smaller model"
+            ) from None
+        return failure.exitcode
+    return 0
+
+
+@contextmanager
+def process_group(ranks: int, timeout: float):
+    """torch.distributed over the launcher's ranks: NCCL with CUDA, else gloo. `timeout`: seconds until a silent peer is
+    given up. Raises ConfigError if the launcher started another number of ranks."""
+    import torch
+    import torch.distributed as dist
+
+    if (started := world_size()) != ranks:
+        raise ConfigError(
+            f"--tp is {ranks}, but the launcher started {started} ranks: start {ranks}, or give --tp {started}"
+        )
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout))
+    yield
+    dist.destroy_process_group()  # not after an error: the others may never come

@@ -1,0 +1,265 @@
+"""Text generation and perplexity with Megatron-Core's own inference stack, on CUDA or on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import ConfigError, ModelError
+from ..patches import megatron_cpu
+from .base import Generation, OnText, Perplexity, Sampling, TextStream
+from .hf_llama import check_tensor_parallel, read_config, read_json
+from .megatron_llama import load_llama
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hides Megatron's deprecation and missing-extension warnings; errors still pass."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def init_tensor_parallel(tp: int | None = None) -> int:
+    """Initialises Megatron's parallel state for `tp` ranks per model (default: all), unless it already is.
+
+    Returns the TP size. Raises `ConfigError` when `torch.distributed` is not initialised, or its size does not fit.
+    """
+    if not torch.distributed.is_initialized():
+        raise ConfigError("torch.distributed is not initialised; call init_process_group first, or start with torchrun")
+    from megatron.core import parallel_state, tensor_parallel
+
+    world = torch.distributed.get_world_size()
+    if parallel_state.model_parallel_is_initialized():
+        present = parallel_state.get_tensor_model_parallel_world_size()
+        if tp not in (None, present):
+            raise ConfigError(f"TP={tp} was asked for but Megatron already runs TP={present}; use {present}")
+    else:
+        tp = world if tp is None else tp
+        if tp < 1 or world % tp:
+            raise ConfigError(f"TP={tp} does not divide the {world} ranks; start a multiple of {tp} ranks")
+        parallel_state.initialize_model_parallel(tp, create_gloo_process_groups=False)
+    # Attention forks this tracker around its dropout, also in evaluation; the inference tracker's fork does nothing.
+    tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+class _Tokenizer:
+    """The few names Megatron's controller wants, in front of a Hugging Face tokenizer."""
+
+    bos = None  # the controller would strip it from every prompt
+    eod = 0  # only pads buffers: the controller below ends sequences itself
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._tokenizer(text, verbose=False)["input_ids"]  # verbose: warns of lengths that we check ourselves
+
+    def detokenize(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+
+@functools.cache
+def _controller_class() -> type:
+    """Megatron's controller with three changes; made late, because importing Megatron takes seconds."""
+    from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+
+    class Controller(TextGenerationController):
+        """Knows all end-of-sequence tokens, never samples the padding of the vocabulary, reports every step."""
+
+        vocab: int
+        eos: torch.Tensor
+        on_step: Callable[[list[tuple[int, int]]], None]  # [(prompt index, token)] of one step
+
+        def _torch_sampling_func(self, last_token_logits, temperature, top_k, top_p, vocab_size=None):
+            logits = last_token_logits[:, : self.vocab].float()
+            return super()._torch_sampling_func(logits, temperature, top_k, top_p, self.vocab)
+
+        def update_generation_status(
+            self, updated_prompts_tokens, generation_started, current_context_end_position, is_generation_done_tensor,
+            generated_sequence_lengths, termination_id=None,
+        ):  # fmt: skip
+            latest = updated_prompts_tokens[:, current_context_end_position]
+            is_eos = torch.isin(latest, self.eos)
+            fresh = (generation_started & ~is_generation_done_tensor & ~is_eos).tolist()
+            self.on_step([(i, token) for i, token in enumerate(latest.tolist()) if fresh[i]])
+            done, lengths = super().update_generation_status(
+                updated_prompts_tokens, generation_started, current_context_end_position, is_generation_done_tensor,
+                generated_sequence_lengths, termination_id,
+            )  # fmt: skip
+            return done | (is_eos & generation_started), lengths
+
+    return Controller
+
+
+class MegatronEngine:
+    """A Hugging Face Llama folder run by Megatron-Core over the ranks of an initialised `torch.distributed`.
+
+    `tp` defaults to all ranks, `dtype` to the checkpoint's; the device is the current CUDA device or the CPU. Every
+    rank must make the engine and call its methods alike. Attributes: `model` (a `GPTModel`), `tokenizer` (of Hugging
+    Face), `config`, `tp`, `device`. Raises `ModelError` for a folder, `ConfigError` for an argument that does not fit.
+    """
+
+    def __init__(
+        self, folder: str | Path, tp: int | None = None, dtype: torch.dtype | None = None, progress: bool = False
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        folder = Path(folder)
+        self.config = read_config(folder)
+        if tp is not None:
+            check_tensor_parallel(self.config, tp)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        megatron_cpu.enable()
+        with quiet():
+            self.tp = init_tensor_parallel(tp)
+            self.model = load_llama(folder, dtype, self.device, progress)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"{folder} has no tokenizer that Transformers can load ({reason}); add it") from error
+        self.dtype = next(self.model.parameters()).dtype
+        self.eos = self._end_tokens(folder)
+
+    def _end_tokens(self, folder: Path) -> tuple[int, ...]:
+        """End-of-sequence tokens as Transformers finds them: generation_config.json, config.json, the tokenizer."""
+        for path in (folder / "generation_config.json", folder / "config.json"):
+            found = read_json(path).get("eos_token_id") if path.is_file() else None
+            if found is not None:
+                return tuple(found) if isinstance(found, list) else (found,)
+        return () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
+
+    def generate(self, prompts: Sequence[str], sampling: Sampling, on_text: OnText | None = None) -> list[Generation]:
+        """Continues each prompt by `sampling.max_new_tokens` tokens, fewer only where an end-of-sequence token comes.
+
+        `on_text` is called on global rank 0 as text arrives. All ranks return the same; so do other TP sizes, up to
+        rounding. Raises `ConfigError` for an empty prompt, or one too long for the model's positions.
+        """
+        with quiet():
+            from megatron.core.inference.engines import static_engine
+            from megatron.core.inference.sampling_params import SamplingParams
+
+        if isinstance(prompts, str):
+            raise ConfigError(f"prompts is the string {prompts[:40]!r}; give a list of strings")
+        prompts = list(prompts)
+        if not prompts:
+            return []
+        adapter = _Tokenizer(self.tokenizer)
+        tokens = [adapter.tokenize(prompt) for prompt in prompts]
+        self._check(prompts, tokens, sampling)
+        streams = [TextStream(adapter.detokenize, prompt) for prompt in tokens]
+        texts = [""] * len(prompts)
+
+        def show(index: int, piece: str) -> None:
+            texts[index] += piece
+            if piece and on_text and torch.distributed.get_rank() == 0:
+                on_text(index, piece)
+
+        def on_step(step: list[tuple[int, int]]) -> None:
+            for index, token in step:
+                if len(produced[index]) < sampling.max_new_tokens:  # short prompts run on beside long ones
+                    produced[index].append(token)
+                    show(index, streams[index].push(token))
+
+        produced: list[list[int]] = [[] for _ in prompts]
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=float(sampling.top_p),
+            num_tokens_to_generate=sampling.max_new_tokens,
+        )
+        params.add_attributes({"no_early_termination": True})  # Megatron knows one end token, our controller all
+        with quiet(), _without_bar(static_engine), torch.random.fork_rng(devices=[]):
+            controller = self._controller(adapter, len(prompts), max(map(len, tokens)) + sampling.max_new_tokens)
+            controller.sampling_rng.manual_seed(sampling.seed)
+            controller.on_step = on_step
+            engine = static_engine.StaticInferenceEngine(controller, random_seed=sampling.seed, legacy=True)
+            engine.generate(prompts=prompts, sampling_params=params)
+        for index, stream in enumerate(streams):
+            show(index, stream.finish())
+        return [Generation(*each) for each in zip(prompts, texts, map(tuple, produced))]
+
+    def _check(self, prompts: list[str], tokens: list[list[int]], sampling: Sampling) -> None:
+        if sampling.top_k >= self.config.vocab:
+            raise ConfigError(f"top_k is {sampling.top_k}; it must stay below the vocabulary size {self.config.vocab}")
+        for index, (prompt, ids) in enumerate(zip(prompts, tokens)):
+            if not prompt or not ids:
+                raise ConfigError(f"prompt {index} is empty; give at least one character")
+            total = len(ids) + sampling.max_new_tokens
+            if total > self.config.max_positions:
+                raise ConfigError(
+                    f"prompt {index}: {len(ids)} prompt tokens + {sampling.max_new_tokens} new tokens = {total}, above "
+                    f"the model's {self.config.max_positions} positions; shorten the prompt or lower max_new_tokens"
+                )
+
+    def _controller(self, adapter: _Tokenizer, requests: int, length: int) -> Any:
+        """Megatron's stack up to the controller, with a key-value cache of exactly [length, requests]."""
+        from megatron.core.inference.contexts import StaticInferenceContext
+        from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+        from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
+
+        config = InferenceWrapperConfig(
+            hidden_size=self.config.hidden,
+            params_dtype=self.dtype,
+            inference_batch_times_seqlen_threshold=-1,
+            padded_vocab_size=self.model.vocab_size,
+            inference_max_requests=requests,
+            inference_max_seq_length=length,
+        )
+        wrapper = GPTInferenceWrapper(self.model, config, StaticInferenceContext.from_config(config))
+        controller = _controller_class()(wrapper, adapter)
+        controller.vocab = self.config.vocab
+        controller.eos = torch.tensor(self.eos, dtype=torch.long, device=self.device)
+        return controller
+
+    @torch.inference_mode()
+    def perplexity(self, text: str, window: int | None = None) -> Perplexity:
+        """Perplexity of `text` over consecutive, non-overlapping windows; identical on all ranks.
+
+        `window` is in tokens, by default 512 or the model's positions if fewer. Each window is predicted from its own
+        tokens only, so its first token is not scored. Raises `ConfigError` when the window or the text does not fit.
+        """
+        window = min(self.config.max_positions, 512) if window is None else window
+        if not 2 <= window <= self.config.max_positions:
+            raise ConfigError(f"window is {window}; it must lie between 2 and {self.config.max_positions} tokens")
+        ids = torch.tensor(_Tokenizer(self.tokenizer).tokenize(text), dtype=torch.long, device=self.device)
+        if len(ids) < 2:
+            raise ConfigError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
+        total, count = 0.0, 0
+        with quiet():
+            for part in ids.split(window):
+                if len(part) > 1:
+                    nll = F.cross_entropy(self.logits(part[None])[0, :-1].float(), part[1:], reduction="none")
+                    total, count = total + nll.double().sum().item(), count + len(nll)
+        return Perplexity(value=math.exp(total / count), nll=total / count, tokens=count)
+
+    @torch.inference_mode()
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [batch, length] (int64) to logits [batch, length, vocabulary] in the model's dtype."""
+        length = ids.shape[1]
+        positions = torch.arange(length, device=ids.device).expand_as(ids)
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=ids.device).triu(1)  # True: hidden
+        return self.model(ids, positions, mask, runtime_gather_output=True)[..., : self.config.vocab]
+
+
+@contextmanager
+def _without_bar(static_engine: Any) -> Iterator[None]:
+    """Switches off the progress bar that Megatron's static engine always shows."""
+    original = static_engine.tqdm
+    static_engine.tqdm = functools.partial(original, disable=True)
+    try:
+        yield
+    finally:
+        static_engine.tqdm = original
