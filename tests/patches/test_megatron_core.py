@@ -222,7 +222,7 @@ def test_what_is_not_covered_is_a_loud_error():
         "no RowParallelLinear in an empty list",
         "config is 'int4': pass a CommConfig",
         "disable the earlier handle first",
-        "is a TERowParallelLinear, whose reduce is not covered in this version: build the model with the local layer spec",
+        "is a TERowParallelLinear, whose reduce is not covered in this version: build the model with the local",
         "RowParallelLinear",
         "sequence_parallel=False",
         "no row-parallel layer was built under it",

@@ -1,0 +1,224 @@
+"""The main job on the bundled model, through the command a user types; and every way to call it wrongly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import megatron_lowbit as lowbit
+from megatron_lowbit.__main__ import main
+from megatron_lowbit.cli.generate import BUNDLED, DEFAULT_SPEC, agreement
+
+COMMAND = [sys.executable, "-m", "megatron_lowbit", "generate"]
+SHORT = ["--max-new-tokens", "12", "--prompt", "The old house stood", "--prompt", "It was a cold morning"]
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    file = tmp_path_factory.mktemp("json") / "out.json"
+    done = run("--compare", "--dtype", "fp32", "--json", str(file), *SHORT)
+    assert done.returncode == 0, done.stderr
+    return done, json.loads(file.read_text())
+
+
+def test_compare_writes_the_documented_json(compared):
+    _, result = compared
+    assert set(result) == {"model", "engine", "tp", "comm", "exact", "compressed"}
+    assert (result["engine"], result["tp"], result["comm"]) == (
+        "megatron",
+        2,
+        str(lowbit.CommConfig(DEFAULT_SPEC).spec),
+    )
+    assert set(result["exact"]) == {"texts", "perplexity", "seconds", "bytes_sent"}
+    assert set(result["compressed"]) == set(result["exact"]) | {"token_agreement", "bytes_exact"}
+    for part in (result["exact"], result["compressed"]):
+        assert len(part["texts"]) == 2 and all(text.strip() for text in part["texts"])
+        assert 1 < part["perplexity"] < 1000 and part["seconds"] > 0
+
+
+def test_the_default_spec_keeps_its_promise(compared):
+    """At most 2.5 % of perplexity for more than 2.3 times fewer bytes than bf16; and really through the codec."""
+    exact, compressed = compared[1]["exact"], compared[1]["compressed"]
+    assert exact["perplexity"] != compressed["perplexity"] <= 1.025 * exact["perplexity"]
+    assert compressed["bytes_exact"] > 2.3 * compressed["bytes_sent"]
+    assert exact["bytes_sent"] == 2 * compressed["bytes_exact"]  # fp32 against bf16
+    assert 0 < compressed["token_agreement"] <= 1
+
+
+def test_bytes_are_those_of_two_reduces_per_layer(compared):
+    config = json.loads((BUNDLED / "model" / "config.json").read_text())
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "model")
+    text = len(tokenizer((BUNDLED / "sample_text.txt").read_text())["input_ids"])
+    prompts = sum(len(tokenizer(p)["input_ids"]) + 11 for p in SHORT[3::2])  # the last new token is not fed back
+    if text % 512 == 1:
+        text -= 1  # a window of one token predicts nothing and is not run
+    values = 2 * config["num_hidden_layers"] * config["hidden_size"] * (text + prompts)
+    assert compared[1]["compressed"]["bytes_exact"] == 2 * values  # TP=2: half of it twice, 2 bytes each
+
+
+def test_a_person_sees_the_texts_and_the_figures(compared):
+    output = compared[0].stdout
+    for part in ("The old house stood", "perplexity", "bytes sent", "x fewer", "same tokens", DEFAULT_SPEC):
+        assert part in output
+    assert "Traceback" not in output + compared[0].stderr and "Warning" not in compared[0].stderr
+
+
+def test_tp2_exact_equals_tp1(compared, tmp_path):
+    file = tmp_path / "one.json"
+    done = run("--comm", "exact", "--tp", "1", "--dtype", "fp32", "--json", str(file), *SHORT)
+    assert done.returncode == 0, done.stderr
+    one = json.loads(file.read_text())
+    assert set(one) == {"model", "engine", "tp", "comm", "exact"} and one["exact"]["bytes_sent"] == 0
+    assert one["exact"]["texts"] == compared[1]["exact"]["texts"]
+    assert one["exact"]["perplexity"] == pytest.approx(compared[1]["exact"]["perplexity"], rel=1e-5)
+
+
+def test_under_torchrun_with_sampling(tmp_path):
+    file = tmp_path / "two-step.json"
+    arguments = ["--comm", "int4:g32/int8:g128", "--comm-algorithm", "two-step", "--temperature", "0.8", "--seed", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *COMMAND[1:],
+         *arguments, "--json", str(file), *SHORT],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert set(result) == {"model", "engine", "tp", "comm", "compressed"} and result["tp"] == 2
+    sent, exact = result["compressed"]["bytes_sent"], result["compressed"]["bytes_exact"]
+    assert exact / sent == pytest.approx(16 / ((5 + 8.25) / 2), rel=0.02)
+
+
+def test_nothing_compressed_is_an_error():
+    done = run("--comm-min-bytes", "1000000000", *SHORT)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "nothing was compressed: no message reached --comm-min-bytes 1000000000" in errors[0]
+
+
+def test_a_killed_rank_ends_the_run_with_an_error():
+    process = subprocess.Popen(
+        [*COMMAND, "--max-new-tokens", "200", "--timeout", "20"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (ranks := _children(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.stdout.readline()  # both ranks are generating
+    os.kill(ranks[-1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode == 2
+    assert "was killed by SIGKILL" in stderr and "Traceback" not in stderr
+
+
+def _children(pid: int) -> list[int]:
+    """Processes below `pid` that run a rank."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+            if int(fields["PPid"]) == pid and b"generate" in (status.parent / "cmdline").read_bytes():
+                found.append(int(fields["Pid"]))
+        except (OSError, KeyError):
+            pass  # it ended meanwhile
+    return sorted(found)
+
+
+BERT = '{"model_type": "bert"}'
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--comm", "int9"], "unknown codec 'int9' in spec 'int9': use one of bf16"),
+        (["--comm", "gauss4:g128"], "not available in this version"),
+        (["--comm", "int4:g48"], "group size 'g48'"),
+        (["--comm-algorithm", "ring"], "unknown algorithm 'ring': use one of auto, one-shot, two-step, exact"),
+        (["--comm-min-bytes", "-1"], "min_bytes is -1"),
+        (["--comm", "exact", "--compare"], "compare exact with exact"),
+        (["--engine", "deepspeed"], "--engine deepspeed is not available in this version: use megatron"),
+        (["--engine", "vllm"], "unknown --engine 'vllm'"),
+        (["--tp", "3"], "TP=3 does not divide 8 attention heads"),
+        (["--tp", "3"], "possible TP sizes: 1, 2, 4, 8"),
+        (["--tp", "1"], "nothing to compress"),
+        (["--model", "/nowhere"], "model folder /nowhere does not exist"),
+        (["--model", "BERT"], "model_type 'bert' is not supported"),
+        (["--text", "/nowhere.txt"], "--text /nowhere.txt cannot be read"),
+        (["--prompts", "/nowhere.txt"], "--prompts /nowhere.txt cannot be read"),
+        (["--prompts", "/dev/null"], "--prompts /dev/null is empty"),
+        (["--prompt", " "], "--prompt is empty"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--top-k", "5", "--top-p", "0.5"], "exclude each other"),
+        (["--timeout", "0"], "--timeout is 0"),
+        (["--json", "/nowhere/out.json"], "there is no folder /nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_with_the_remedy(arguments, message, capsys, tmp_path):
+    if "BERT" in arguments:
+        (tmp_path / "config.json").write_text(BERT)
+        arguments = ["--model", str(tmp_path)]
+    assert main(["generate", *arguments]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and message in stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", "--colour"], "unrecognized arguments: --colour"),
+        (["generate", "--tp", "two"], "invalid int value: 'two'"),
+        (["train"], "invalid choice: 'train'"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_unknown_flags_and_commands(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and stderr.count("\n") == 1 and message in stderr and "--help" in stderr
+
+
+def test_a_launcher_with_another_number_of_ranks(monkeypatch, capsys):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["generate", "--tp", "2"]) == 2
+    assert "--tp is 2, but the launcher started 4 ranks: start 2, or give --tp 4" in capsys.readouterr().err
+
+
+def test_prompts_too_long_for_the_model():
+    done = run("--max-new-tokens", "5000", "--prompt", "Once")
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "shorten the prompt or lower max_new_tokens" in errors[0]
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["generate", "--debug", "--comm", "int9"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys):
+    for arguments in (["--help"], ["generate", "--help"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "examples:" in capsys.readouterr().out
+
+
+def test_agreement_counts_positions():
+    assert agreement([(1, 2, 3)], [(1, 2, 4)]) == pytest.approx(2 / 3)
+    assert agreement([(1, 2), (3,)], [(1, 2), (3, 4)]) == pytest.approx(3 / 4)
