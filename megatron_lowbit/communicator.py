@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,8 @@ class Communicator:
     """
 
     def __init__(self, group: dist.ProcessGroup | None, config: CommConfig) -> None:
-        self.group = _resolve(group)
+        group = _resolve(group)
+        self._group = weakref.ref(group)  # a strong one would keep destroyed groups and their buffers for ever
         self.config = config
         self.world = dist.get_world_size(self.group)
         self.scatter, self.gather = make(config.legs.scatter), make(config.legs.gather)
@@ -47,6 +48,13 @@ class Communicator:
             },
             self.group,
         )
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group. Raises RankError after it was destroyed."""
+        if (group := self._group()) is None:
+            raise RankError("this communicator's process group was destroyed: make a new group and a new communicator")
+        return group
 
     def all_reduce(self, x: torch.Tensor, site: str = "all_reduce") -> torch.Tensor:
         """Sum of x [..., features] (bf16, fp16 or fp32) over the group -> a new tensor, the same on every rank.
@@ -92,7 +100,8 @@ class Communicator:
             ) from error
 
 
-_communicators: WeakKeyDictionary[dist.ProcessGroup, dict[CommConfig, Communicator]] = WeakKeyDictionary()
+_communicators: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[CommConfig, Communicator]]
+_communicators = weakref.WeakKeyDictionary()
 
 
 def communicator(group: dist.ProcessGroup | None, config: CommConfig) -> Communicator:

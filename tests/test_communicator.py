@@ -1,9 +1,12 @@
 """The functional interface's own checks; what ranks compute is tested in tests/collectives."""
 
+import gc
+
 import pytest
 import torch
 
 import megatron_lowbit as lowbit
+from megatron_lowbit.communicator import _communicators
 from tests.ranks import run_ranks
 
 
@@ -73,6 +76,8 @@ def _groups_come_and_go(rank, world):
         results.append(lowbit.all_reduce(torch.full((1, 32), float(rank)), "int8:g32", group=group, min_bytes=0))
         dist.destroy_process_group(group)
         del group
+    gc.collect()
+    assert len(_communicators) == 0, "destroyed groups are kept alive"
     return results
 
 

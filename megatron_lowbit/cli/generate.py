@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .. import telemetry
 from ..config import ALGORITHMS, CommConfig
 from ..errors import ConfigError, ModelError
-from . import launch, report
+from . import launch
 
 if TYPE_CHECKING:
     from ..engines.base import Engine, Sampling
@@ -173,6 +173,8 @@ def check(arguments: argparse.Namespace) -> Job:
 def work(job: Job) -> None:
     """Inside a rank: load, run, report."""
     import torch
+
+    from . import report
 
     engine = _engine(job)
     show = report.Report(job, rank=int(os.environ["RANK"]))
