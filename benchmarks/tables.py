@@ -76,9 +76,7 @@ def codecs() -> str:
          f"{r['decode_gb_s']:.2f}"]
         for r in result["rows"]
     ]  # fmt: skip
-    note = f"One core, {result['values']:,} values, bf16-equivalent GB/s, median of {result['repeats']}. " + measured(
-        result
-    )
+    note = f"One core, {result['values']:,} values, bf16-equivalent, median of {result['repeats']}. " + measured(result)
     return markdown(["spec", "backend", "input", "bits per value", "encode", "decode-accumulate"], rows, note)
 
 

@@ -16,6 +16,10 @@ from .config import CommConfig
 from .errors import ConfigError, RankError
 
 PROTOCOL = 1  # of the wire formats and of how messages are cut into shards
+# How long ranks wait for each other to compare settings: the first time one may still be loading its model; later a
+# rank that does not come is in some other collective.
+FIRST_SECONDS, LATER_SECONDS = 600, 60
+_rounds: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
 class Communicator:
@@ -29,25 +33,23 @@ class Communicator:
         group = _resolve(group)
         self._group = weakref.ref(group)  # a strong one would keep destroyed groups and their buffers for ever
         self.config = config
-        self.world = dist.get_world_size(self.group)
+        self.world = dist.get_world_size(group)
         self.scatter, self.gather = make(config.legs.scatter), make(config.legs.gather)
         self._workspace = exchange.Workspace()
-        cuda = "nccl" in str(dist.get_backend(self.group))
+        cuda = "nccl" in str(dist.get_backend(group))
         from . import __version__
 
-        self._guarded(
-            exchange.compare,
-            {
-                "version": __version__,
-                "protocol": PROTOCOL,
-                "spec": config.spec,
-                "algorithm": config.algorithm,
-                "min_bytes": config.min_bytes,
-                "sites": config.sites and list(config.sites),
-                "backend": backend.of(torch.device("cuda" if cuda else "cpu")),
-            },
-            self.group,
-        )
+        facts = {
+            "version": __version__,
+            "protocol": PROTOCOL,
+            "spec": config.spec,
+            "algorithm": config.algorithm,
+            "min_bytes": config.min_bytes,
+            "sites": config.sites and list(config.sites),
+            "backend": backend.of(torch.device("cuda" if cuda else "cpu")),
+        }
+        round_ = _rounds[group] = _rounds.get(group, 0) + 1
+        exchange.compare(facts, group, round_, FIRST_SECONDS if round_ == 1 else LATER_SECONDS)
 
     @property
     def group(self) -> dist.ProcessGroup:

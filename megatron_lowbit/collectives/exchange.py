@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import time
 
 import torch
 import torch.distributed as dist
@@ -41,28 +43,32 @@ def all_to_all(
     dist.all_to_all_single(output, pieces, received, sent, group=group)
 
 
-def compare(facts: dict, group: dist.ProcessGroup) -> None:
-    """Check that all ranks hold the same JSON-able `facts`.
+def compare(facts: dict, group: dist.ProcessGroup, round_: int, timeout: float) -> None:
+    """Check that all ranks of `group` hold the same JSON-able `facts`. `round_` counts the comparisons of this group.
 
-    Raises RankError on every rank, naming two ranks and what each of them has, if they do not.
+    Goes through the process group's store and not through a collective, because a rank that is in another collective
+    meanwhile would hang both. Raises RankError, on every rank that compares, naming two ranks and what each of them has,
+    or the ranks that have not come to compare within `timeout` seconds.
     """
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
-    cuda = "nccl" in str(dist.get_backend(group))
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    mine = torch.frombuffer(bytearray(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8).to(device)
-    sizes = torch.empty(world, dtype=torch.int64, device=device)
-    all_gather(sizes, torch.tensor([mine.numel()], device=device), group)
-    longest = int(sizes.max())
-    gathered = torch.zeros(world * longest, dtype=torch.uint8, device=device)
-    all_gather(gathered, torch.nn.functional.pad(mine, (0, longest - mine.numel())), group)
-    everyone = [
-        json.loads(bytes(row[:size].tolist()))
-        for row, size in zip(gathered.view(world, longest).cpu(), sizes.tolist(), strict=True)
-    ]
+    ranks, me = dist.get_process_group_ranks(group), dist.get_rank(group)
+    store = dist.distributed_c10d._get_default_store()
+    keys = [f"megatron_lowbit/{group.group_name}/{round_}/{rank}" for rank in range(len(ranks))]
+    store.set(keys[me], json.dumps(facts, sort_keys=True))
+    deadline, everyone = time.monotonic() + timeout, []
+    for rank, key in enumerate(keys):
+        try:
+            store.wait([key], datetime.timedelta(seconds=max(0.1, deadline - time.monotonic())))
+        except RuntimeError as error:
+            raise RankError(
+                f"rank {rank} of the group (global rank {ranks[rank]}) did not come to compare settings within "
+                f"{timeout:g} s; this rank has {facts}: call with the same settings on every rank, and look whether that "
+                "rank is alive"
+            ) from error
+        everyone.append(json.loads(store.get(key)))
     for other, theirs in enumerate(everyone):
         for key in sorted(everyone[0].keys() | theirs.keys()):
             if everyone[0].get(key) != theirs.get(key):
                 raise RankError(
                     f"ranks disagree on {key}: rank 0 has {everyone[0].get(key)!r}, rank {other} has "
-                    f"{theirs.get(key)!r}; start every rank with the same setting (this is rank {rank})"
+                    f"{theirs.get(key)!r}; start every rank with the same setting (this is rank {me})"
                 )

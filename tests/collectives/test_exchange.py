@@ -63,6 +63,29 @@ def test_ranks_that_disagree_all_get_an_error_naming_both_sides(kind, sides):
         assert message.startswith(f"ranks disagree on {sides}")
 
 
+def _changes_its_mind(rank, world, folder):
+    from megatron_lowbit import communicator
+
+    communicator.LATER_SECONDS = 3
+    x = torch.zeros(8, 64)
+    lowbit.all_reduce(x, "int4:g32", min_bytes=0)
+    try:
+        lowbit.all_reduce(x, "int8:g32" if rank == 1 else "int4:g32", min_bytes=0)
+    except lowbit.RankError as error:
+        torch.save(str(error), f"{folder}/{rank}")
+    os._exit(0)
+
+
+def test_a_rank_that_changes_its_settings_alone_hangs_nobody(tmp_path):
+    run_ranks(3, _changes_its_mind, str(tmp_path), timeout=60, dead=(0, 1, 2))
+    messages = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(3)]
+    assert "rank 0 of the group (global rank 0) did not come to compare settings within 3 s" in messages[1]
+    assert "'spec': 'int8:g32'" in messages[1]
+    assert all(
+        message.startswith(f"rank {rank} lost the other ranks") for rank, message in enumerate(messages) if rank != 1
+    )
+
+
 def _one_dies(rank, world):
     x = torch.zeros(8, 64)
     lowbit.all_reduce(x, "int4:g32", algorithm="two-step")
