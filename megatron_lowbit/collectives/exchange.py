@@ -47,8 +47,8 @@ def compare(facts: dict, group: dist.ProcessGroup, round_: int, timeout: float) 
     """Check that all ranks of `group` hold the same JSON-able `facts`. `round_` counts the comparisons of this group.
 
     Goes through the process group's store and not through a collective, because a rank that is in another collective
-    meanwhile would hang both. Raises RankError, on every rank that compares, naming two ranks and what each of them has,
-    or the ranks that have not come to compare within `timeout` seconds.
+    meanwhile would hang both. Raises RankError, on every rank that compares, naming two ranks and what each of them
+    has, or the rank that has not come to compare within `timeout` seconds.
     """
     ranks, me = dist.get_process_group_ranks(group), dist.get_rank(group)
     store = dist.distributed_c10d._get_default_store()
@@ -61,8 +61,8 @@ def compare(facts: dict, group: dist.ProcessGroup, round_: int, timeout: float) 
         except RuntimeError as error:
             raise RankError(
                 f"rank {rank} of the group (global rank {ranks[rank]}) did not come to compare settings within "
-                f"{timeout:g} s; this rank has {facts}: call with the same settings on every rank, and look whether that "
-                "rank is alive"
+                f"{timeout:g} s; this rank has {facts}: call with the same settings on every rank, and look whether "
+                "that rank is alive"
             ) from error
         everyone.append(json.loads(store.get(key)))
     for other, theirs in enumerate(everyone):
