@@ -3,7 +3,8 @@
 Everything happens in blocks of 32 values held in registers (cpu_simd.py). Encoding passes over a group twice: extremes,
 then codes, packed block by block. Extremes are taken on the ordered integer form of the floats, where NaN and Inf end
 up at the ends and one comparison finds them. Reducing keeps a block of sums in registers over all wires, so nothing but
-the wires is read and nothing but the result is written. A row's last, shorter block goes through a scratch block.
+the wires is read and nothing but the result is written. A row's last, shorter block goes through a scratch block,
+which the caller owns: numba frees an array of its own after its last mention, and an address is no mention.
 
 fp32 and bf16 are read and written as they are; fp16 goes through a converted copy.
 """
@@ -105,9 +106,7 @@ def _load_tail(codes, n, address, width, shift):
 
 
 @jit
-def _encode(x, bf16, rows, features, p8, p4, p2, p1, scales, zeros, bits, group, sym):
-    scratch_memory = np.zeros(32, dtype=np.int32)
-    scratch = np.int64(scratch_memory.ctypes.data)
+def _encode(x, bf16, rows, features, p8, p4, p2, p1, scales, zeros, bits, group, sym, scratch):
     itemsize = 2 if bf16 else 4
     top = np.int32((1 << bits) - 1)
     half = np.int32(1 << (bits - 1)) if sym else np.int32(0)
@@ -124,8 +123,7 @@ def _encode(x, bf16, rows, features, p8, p4, p2, p1, scales, zeros, bits, group,
             if tail:  # repeating a value of the group leaves its extremes alone
                 for j in range(32):
                     _copy(end + (j % tail) * itemsize, scratch + j * itemsize, itemsize)
-            first = source if blocks else scratch
-            lowest = simd.ordered(_load(scratch if tail else first, bf16))
+            lowest = simd.ordered(_load(scratch if tail else source, bf16))
             highest = lowest
             for block in range(blocks):
                 values = simd.ordered(_load(source + block * 32 * itemsize, bf16))
@@ -171,9 +169,7 @@ def _encode(x, bf16, rows, features, p8, p4, p2, p1, scales, zeros, bits, group,
 
 
 @jit
-def _reduce(wires, stride, p8, p4, p2, p1, scales, zeros, bits, group, sym, out, bf16, rows, features):
-    scratch_memory = np.zeros(32, dtype=np.int32)
-    scratch = np.int64(scratch_memory.ctypes.data)
+def _reduce(wires, stride, p8, p4, p2, p1, scales, zeros, bits, group, sym, out, bf16, rows, features, scratch):
     itemsize = 2 if bf16 else 4
     half = np.int32(1 << (bits - 1)) if sym else np.int32(0)
     below2, below1 = np.int32(bits & 4), np.int32(bits & 6)
@@ -235,7 +231,7 @@ def _addresses(codec: Affine, wire: torch.Tensor, rows: int, features: int) -> l
 
 def encode_rows(codec: Affine, x: torch.Tensor, wire: torch.Tensor) -> None:
     """x [rows, features] contiguous -> wire, as `Codec.encode_rows`."""
-    values = x.float() if x.dtype == torch.float16 else x
+    values, scratch = x.float() if x.dtype == torch.float16 else x, torch.empty(32, dtype=torch.int32)
     _encode(
         values.data_ptr(),
         values.dtype == torch.bfloat16,
@@ -244,6 +240,7 @@ def encode_rows(codec: Affine, x: torch.Tensor, wire: torch.Tensor) -> None:
         codec.bits,
         codec.group,
         codec.sym,
+        scratch.data_ptr(),
     )
     codec.clear_gaps(wire, *x.shape)
 
@@ -251,6 +248,7 @@ def encode_rows(codec: Affine, x: torch.Tensor, wire: torch.Tensor) -> None:
 def reduce_rows(codec: Affine, wires: torch.Tensor, out: torch.Tensor) -> None:
     """Sum of the decoded wires -> out, as `Codec.reduce_rows`."""
     target = torch.empty(out.shape, dtype=torch.float32) if out.dtype == torch.float16 else out
+    scratch = torch.empty(32, dtype=torch.int32)
     _reduce(
         wires.shape[0],
         wires.stride(0),
@@ -261,6 +259,7 @@ def reduce_rows(codec: Affine, wires: torch.Tensor, out: torch.Tensor) -> None:
         target.data_ptr(),
         target.dtype == torch.bfloat16,
         *out.shape,
+        scratch.data_ptr(),
     )
     if target is not out:
         out.copy_(target)
