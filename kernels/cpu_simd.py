@@ -11,13 +11,27 @@ the caller's tensor.
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
 LANES = 32
-jit = numba.njit(cache=True, nogil=True, error_model="numpy")
+_SOURCE = Path(__file__).read_bytes()
+
+
+def jit(function):
+    """Compile for reuse across runs, until the function's file or this one changes."""
+    dispatcher = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    # numba looks at the function's own file only, and would go on running what was compiled from an older cpu_simd.py.
+    file = dispatcher._cache._cache_file
+    file._source_stamp = (file._source_stamp, hashlib.sha256(_SOURCE).hexdigest())
+    return dispatcher
+
+
 inline = numba.njit(inline="always", error_model="numpy")
 
 _i8, _i32, _f32 = ir.IntType(8), ir.IntType(32), ir.FloatType()

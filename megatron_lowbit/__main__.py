@@ -9,7 +9,7 @@ import traceback
 
 from . import __version__
 from .cli import generate
-from .errors import LowBitError, RankError
+from .errors import ConfigError, LowBitError, ModelError
 
 COMMANDS = {"generate": generate}
 EXAMPLES = """examples:
@@ -29,6 +29,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     root = _Parser(
+        allow_abbrev=False,
         prog="megatron-lowbit",
         description=__import__("megatron_lowbit").__doc__.splitlines()[0],
         epilog=EXAMPLES,
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     for name, module in COMMANDS.items():
         command = commands.add_parser(
             name,
+            allow_abbrev=False,
             help=module.HELP,
             description=module.DESCRIPTION,
             epilog=module.EXAMPLES,
@@ -54,7 +56,6 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser().parse_args(argv)
     arguments.argv = argv
-    rank = int(os.environ.get("RANK", "0"))
     try:
         return COMMANDS[arguments.command].run(arguments)
     except KeyboardInterrupt:
@@ -62,16 +63,18 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             traceback.print_exc()
-        elif rank == 0 or isinstance(error, RankError):  # the others would only repeat it
-            text = " ".join(str(error).split())
-            print(
-                f"error: {text}"
-                if isinstance(error, LowBitError)
-                else f"error: {type(error).__name__}: {text}; run again with --debug for the traceback",
-                file=sys.stderr,
-            )
-        sys.stderr.flush()
+        elif os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError | ModelError):
+            report(error)  # wrong settings and models are the same for all ranks of a machine: said once
         return 2 if isinstance(error, LowBitError) else 1
+
+
+def report(error: Exception) -> None:
+    """One line on stderr: what is wrong and what to do, and on which rank if there are several."""
+    where = f"rank {os.environ['RANK']}: " if "RANK" in os.environ and not isinstance(error, LowBitError) else ""
+    text = " ".join(str(error).split())
+    if not isinstance(error, LowBitError):
+        text = f"{type(error).__name__}: {text}; run again with --debug for the traceback"
+    print(f"error: {where}{text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 
 import torch
@@ -16,17 +17,14 @@ from .config import CommConfig
 from .errors import ConfigError, RankError
 
 PROTOCOL = 1  # of the wire formats and of how messages are cut into shards
-# How long ranks wait for each other to compare settings: the first time one may still be loading its model; later a
-# rank that does not come is in some other collective.
-FIRST_SECONDS, LATER_SECONDS = 600, 60
-_rounds: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
 class Communicator:
     """Low-bit collectives within one process group.
 
     Making one is a collective call: all ranks compare their settings. Raises RankError naming both sides if two ranks
-    disagree, ConfigError if torch.distributed is not initialised. Not to be shared between threads.
+    disagree, ConfigError if torch.distributed is not initialised. For one thread and one CUDA stream at a time: the
+    buffers are shared by all its calls.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, config: CommConfig) -> None:
@@ -48,8 +46,8 @@ class Communicator:
             "sites": config.sites and list(config.sites),
             "backend": backend.of(torch.device("cuda" if cuda else "cpu")),
         }
-        round_ = _rounds[group] = _rounds.get(group, 0) + 1
-        exchange.compare(facts, group, round_, FIRST_SECONDS if round_ == 1 else LATER_SECONDS)
+        exchange.compare(facts, group, first=group not in _compared)
+        _compared.add(group)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -69,16 +67,17 @@ class Communicator:
             raise ConfigError(
                 "x requires grad, and a compressed all-reduce has no gradient: call it under torch.no_grad()"
             )
+        if os.environ.get("LOWBIT_CHECK") == "1" and self.world > 1:
+            facts = {"spec": self.config.spec, "site": site, "shape": list(x.shape), "dtype": str(x.dtype)}
+            exchange.compare(facts, self.group)
         decision = policy.choose(self.config, site, x.numel() * x.itemsize, self.world, x.device.type)
         if decision.algorithm == "exact":
-            out = self._guarded(_all_reduce.exact, x, self.group) if x.numel() and self.world > 1 else x.clone()
+            out = _all_reduce.exact(x, self.group) if x.numel() and self.world > 1 else x.clone()
             sent = telemetry.ring_bytes(x.numel() * x.itemsize, self.world)
         elif decision.algorithm == "one-shot":
-            out, sent = self._guarded(_all_reduce.one_shot, x.contiguous(), self.scatter, self.group, self._workspace)
+            out, sent = _all_reduce.one_shot(x.contiguous(), self.scatter, self.group, self._workspace)
         else:
-            out, sent = self._guarded(
-                _all_reduce.two_step, x.contiguous(), self.scatter, self.gather, self.group, self._workspace
-            )
+            out, sent = _all_reduce.two_step(x.contiguous(), self.scatter, self.gather, self.group, self._workspace)
         telemetry.record(
             site,
             values=x.numel(),
@@ -90,20 +89,10 @@ class Communicator:
         )
         return out
 
-    def _guarded(self, collective, *arguments):
-        try:
-            return collective(*arguments)
-        except RankError:
-            raise
-        except RuntimeError as error:
-            raise RankError(
-                f"rank {dist.get_rank(self.group)} lost the other ranks of its group of {self.world}: "
-                f"{str(error).splitlines()[0]}; look at the ranks' own errors and restart them all"
-            ) from error
-
 
 _communicators: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[CommConfig, Communicator]]
 _communicators = weakref.WeakKeyDictionary()
+_compared: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 
 def communicator(group: dist.ProcessGroup | None, config: CommConfig) -> Communicator:

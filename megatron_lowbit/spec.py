@@ -52,11 +52,15 @@ class Spec:
         return str(self.scatter) if self.scatter == self.gather else f"{self.scatter}/{self.gather}"
 
 
-@lru_cache(maxsize=1024)
 def parse(text: str) -> Spec:
     """Parse a SPEC. Raises ConfigError naming the part that is wrong and what is allowed there."""
     if not isinstance(text, str):
         raise ConfigError(f"a spec is a string, not {type(text).__name__}: write {_EXAMPLES}")
+    return _parse(text)
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> Spec:
     legs = _split(text)
     if len(legs) > 2:
         raise ConfigError(f"spec {text!r} has {len(legs)} legs: write one, or scatter/gather, {_EXAMPLES}")
@@ -104,7 +108,7 @@ def _parse_leg(text: str, spec: str) -> Leg:
 
 
 def _option_kind(option: str, where: str) -> str:
-    if re.fullmatch(r"g\d+", option):
+    if re.fullmatch(r"g[1-9][0-9]*", option):
         if int(option[1:]) not in GROUPS:
             raise ConfigError(f"group size {option!r} {where}: use one of {', '.join(f'g{g}' for g in GROUPS)}")
         return "group"

@@ -32,8 +32,6 @@ except ImportError as error:
 # Row-parallel layers that reduce inside other libraries, where this patch cannot reach.
 UNCOVERED = ("TERowParallelLinear", "TERowParallelGroupedLinear", "InferenceRowParallelLinear")
 _SITE_NAMES = {"self_attention": "attention", "cross_attention": "cross_attention", "mlp": "mlp"}
-_base_forward = RowParallelLinear.forward
-_base_layer_init = TransformerLayer.__init__
 _installed: Handle | None = None
 
 
@@ -44,16 +42,17 @@ class Handle:
         self.config = config
         self.sites: list[str] = []  # hooked so far; grows while models are built under a process-wide enable
         self._swapped: list[RowParallelLinear] = []
+        self._originals = RowParallelLinear.forward, TransformerLayer.__init__
 
     def disable(self) -> None:
         """Restore the original classes. Calling it again does nothing."""
         global _installed
         for module in self._swapped:
             module.__class__ = RowParallelLinear
-            del module.lowbit_config
+            del module.lowbit_config, module.lowbit_site
         self._swapped.clear()
         if _installed is self:
-            RowParallelLinear.forward, TransformerLayer.__init__ = _base_forward, _base_layer_init
+            RowParallelLinear.forward, TransformerLayer.__init__ = self._originals
             _installed = None
 
     def verify(self) -> None:
@@ -75,7 +74,7 @@ class LowBitRowParallelLinear(RowParallelLinear):
     """A RowParallelLinear that reduces in low bits; takes the place of a built layer, parameters and all."""
 
     def forward(self, input_: torch.Tensor):
-        return _forward(self, input_, self.lowbit_config)
+        return _forward(self, input_, self.lowbit_config, _plain_forward())
 
 
 def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module] | None = None) -> Handle:
@@ -116,11 +115,13 @@ def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module
     if _installed is not None:
         raise ConfigError(f"already enabled with spec {_installed.config.spec!r}: call that handle's disable() first")
 
+    base_forward, base_layer_init = handle._originals
+
     def forward(self, input_):
-        return _forward(self, input_, config)
+        return _forward(self, input_, config, base_forward)
 
     def layer_init(self, *args, **kwargs):
-        _base_layer_init(self, *args, **kwargs)
+        base_layer_init(self, *args, **kwargs)
         for site, module in _row_parallel(self):
             module.lowbit_site = site
             handle.sites.append(site)
@@ -130,10 +131,15 @@ def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module
     return handle
 
 
-def _forward(self: RowParallelLinear, input_: torch.Tensor, config: CommConfig):
+def _plain_forward():
+    """RowParallelLinear's forward without a process-wide enable() of ours, but with anybody else's patch."""
+    return _installed._originals[0] if _installed is not None else RowParallelLinear.forward
+
+
+def _forward(self: RowParallelLinear, input_: torch.Tensor, config: CommConfig, base_forward):
     group = getattr(self, "tp_group", None) or parallel_state.get_tensor_model_parallel_group()
     if self.explicit_expert_comm or group.size() == 1:
-        return _base_forward(self, input_)
+        return base_forward(self, input_)
     if self.sequence_parallel:
         raise ModelError(
             "sequence parallelism reduce-scatters, which is not available in this version: build the model with "
@@ -141,7 +147,7 @@ def _forward(self: RowParallelLinear, input_: torch.Tensor, config: CommConfig):
         )
     site = getattr(self, "lowbit_site", "row_parallel")
     if torch.is_grad_enabled() and (input_.requires_grad or self.weight.requires_grad):
-        out = _base_forward(self, input_)
+        out = base_forward(self, input_)
         telemetry.record(
             site,
             values=out[0].numel(),
@@ -155,7 +161,7 @@ def _forward(self: RowParallelLinear, input_: torch.Tensor, config: CommConfig):
     flags = self.explicit_expert_comm, self.skip_bias_add
     self.explicit_expert_comm = self.skip_bias_add = True
     try:
-        partial, _ = _base_forward(self, input_)
+        partial, _ = base_forward(self, input_)
     finally:
         self.explicit_expert_comm, self.skip_bias_add = flags
     out = communicator(group, config).all_reduce(partial, site)

@@ -49,6 +49,8 @@ def test_defaults_and_spelling():
         ("int4:outliers=2", "fraction above 0"),
         ("int4:outliers=1/0", "fraction above 0"),
         (4, "a spec is a string, not int"),
+        (["int4"], "a spec is a string, not list"),
+        ("int4:g032", "unknown option"),
     ],
 )
 def test_wrong_specs_say_what_is_allowed(text, message):

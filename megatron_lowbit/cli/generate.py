@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
+import faulthandler
 import os
+import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,18 +123,17 @@ def check(arguments: argparse.Namespace) -> Job:
         raise ConfigError(f"--engine {arguments.engine} is not available in this version: use megatron")
     if arguments.engine != "megatron":
         raise ConfigError(f"unknown --engine {arguments.engine!r}: use megatron")
-    config = None
-    if arguments.comm != EXACT:
-        config = CommConfig(
-            arguments.comm,
-            arguments.comm_algorithm,
-            arguments.comm_min_bytes,
-            arguments.comm_sites and tuple(arguments.comm_sites),
-        )
-    elif arguments.compare:
-        raise ConfigError(
-            f"--compare with --comm {EXACT} would compare exact with exact: give a spec such as {DEFAULT_SPEC}"
-        )
+    sites = arguments.comm_sites and tuple(arguments.comm_sites)
+    spec = DEFAULT_SPEC if arguments.comm == EXACT else arguments.comm
+    config = CommConfig(spec, arguments.comm_algorithm, arguments.comm_min_bytes, sites)
+    if config.algorithm == EXACT and arguments.comm != EXACT:
+        raise ConfigError(f"--comm-algorithm {EXACT} compresses nothing: give --comm {EXACT} if that is meant")
+    if arguments.comm == EXACT:
+        config = None
+        if arguments.compare:
+            raise ConfigError(
+                f"--compare with --comm {EXACT} compares exact with exact: give a spec such as {DEFAULT_SPEC}"
+            )
     tp = arguments.tp if arguments.tp is not None else launch.world_size() or 2
     if config is not None and tp == 1:
         raise ConfigError(
@@ -150,12 +150,24 @@ def check(arguments: argparse.Namespace) -> Job:
     text_file = (
         arguments.text if arguments.text or not (BUNDLED / "sample_text.txt").is_file() else BUNDLED / "sample_text.txt"
     )
+    sampling = _sampling(arguments)
+    if sampling.max_new_tokens >= llama.max_positions:
+        raise ConfigError(
+            f"--max-new-tokens is {sampling.max_new_tokens}, and the model has {llama.max_positions} positions for the "
+            "prompt and the new tokens together: lower it"
+        )
+    if sampling.top_k >= llama.vocab:
+        raise ConfigError(f"--top-k is {sampling.top_k}: it must stay below the vocabulary size, {llama.vocab}")
+    if arguments.json and arguments.json.is_dir():
+        raise ConfigError(f"--json {arguments.json} is a folder: give a file")
     if arguments.json and not arguments.json.resolve().parent.is_dir():
         raise ConfigError(
             f"--json {arguments.json}: there is no folder {arguments.json.resolve().parent}; make it first"
         )
-    if not arguments.timeout > 0:
-        raise ConfigError(f"--timeout is {arguments.timeout}: give seconds above 0")
+    if not 0 < arguments.timeout <= 1e6:
+        raise ConfigError(f"--timeout is {arguments.timeout}: give seconds above 0, at most a million")
+    if not 0 <= arguments.seed < 2**63:
+        raise ConfigError(f"--seed is {arguments.seed}: give a number from 0 to 2**63 - 1")
     return Job(
         model,
         arguments.engine,
@@ -164,7 +176,7 @@ def check(arguments: argparse.Namespace) -> Job:
         config,
         arguments.compare,
         tuple(_prompts(arguments)),
-        _sampling(arguments),
+        sampling,
         _read(text_file, "--text") if text_file else None,
         arguments.json,
     )
@@ -177,6 +189,9 @@ def work(job: Job) -> None:
     from . import report
 
     engine = _engine(job)
+    for number in (signal.SIGINT, signal.SIGTERM):  # Megatron dumps all stacks on these; ending quietly is enough
+        faulthandler.unregister(number)
+    faulthandler.disable()
     show = report.Report(job, rank=int(os.environ["RANK"]))
     results = {}
     if job.compare or job.config is None:
@@ -203,15 +218,22 @@ def agreement(exact: list[tuple[int, ...]], compressed: list[tuple[int, ...]]) -
         for left, right in zip(exact, compressed, strict=True)
         for a, b in zip(left + (-1,) * (len(right) - len(left)), right + (-1,) * (len(left) - len(right)), strict=True)
     ]
-    return sum(a == b for a, b in pairs) / len(pairs) if pairs else math.nan
+    return sum(a == b for a, b in pairs) / len(pairs) if pairs else 1.0
 
 
 def _measure(engine: Engine, job: Job, config: CommConfig, stream) -> dict:
     """One run: generation (timed), perplexity, and what both sent."""
     from ..patches import megatron_core
 
-    telemetry.reset_stats()
-    with megatron_core.enable(config, engine.model):
+    with megatron_core.enable(config, engine.model) as handle:
+        if not any(config.selects(site) for site in handle.sites):
+            raise ModelError(
+                f"--comm-sites {' '.join(config.sites)} selects none of {', '.join(handle.sites)}: give other globs"
+            )
+        engine.generate(
+            job.prompts[:1], replace(job.sampling, max_new_tokens=1)
+        )  # kernels, buffers and handshake: untimed
+        telemetry.reset_stats()
         start, generations = time.perf_counter(), []
         for index, prompt in enumerate(job.prompts):  # one by one, so that the text can be read as it comes
             stream.begin(prompt)
@@ -268,6 +290,8 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 def _sampling(arguments: argparse.Namespace) -> Sampling:
     from ..engines.base import Sampling
 
+    if arguments.temperature == 0 and (arguments.top_k is not None or arguments.top_p is not None):
+        raise ConfigError("--temperature 0 is greedy, and --top-k or --top-p would do nothing: leave one of them out")
     asked = arguments.top_k is not None or arguments.top_p is not None
     temperature = arguments.temperature if arguments.temperature is not None else float(asked)
     common = {"max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}

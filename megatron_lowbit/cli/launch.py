@@ -14,7 +14,14 @@ from ..errors import ConfigError, RankError
 
 def world_size() -> int | None:
     """How many ranks the surrounding launcher started; None outside of one."""
-    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() else None
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        return None
+    if not (os.environ["RANK"].isdecimal() and os.environ["WORLD_SIZE"].isdecimal()):
+        raise ConfigError(
+            f"RANK={os.environ['RANK']!r} and WORLD_SIZE={os.environ['WORLD_SIZE']!r} are no numbers: start with "
+            "torchrun, or unset them"
+        )
+    return int(os.environ["WORLD_SIZE"])
 
 
 def start_ranks(ranks: int, argv: list[str], debug: bool) -> int:
@@ -22,6 +29,7 @@ def start_ranks(ranks: int, argv: list[str], debug: bool) -> int:
 
     A failing rank ends the others. Raises RankError for one that was killed by a signal.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -44,6 +52,8 @@ def start_ranks(ranks: int, argv: list[str], debug: bool) -> int:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_lowbit", *argv)
+    except SignalException:  # Ctrl-C, or a request to end; the launcher has ended the ranks
+        raise KeyboardInterrupt from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
@@ -67,9 +77,14 @@ def process_group(ranks: int, timeout: float):
         raise ConfigError(
             f"--tp is {ranks}, but the launcher started {started} ranks: start {ranks}, or give --tp {started}"
         )
-    cuda = torch.cuda.is_available()
+    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: start one rank per "
+                "GPU, or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+            )
+        torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout))
     yield
     dist.destroy_process_group()  # not after an error: the others may never come

@@ -42,7 +42,7 @@ class Report:
 
     def __init__(self, job: Job, rank: int) -> None:
         self._job = job
-        self._console = Console(highlight=False) if rank == 0 else None
+        self._console = Console(highlight=False, emoji=False) if rank == 0 else None
 
     def stream(self, title: str) -> Stream:
         return Stream(self._console, title)

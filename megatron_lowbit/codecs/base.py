@@ -86,6 +86,8 @@ class Codec(ABC):
         """
         if dtype not in DTYPES:
             raise ConfigError(f"cannot decode to {dtype}: use torch.bfloat16, torch.float16 or torch.float32")
+        if not isinstance(wire, torch.Tensor):
+            raise ConfigError(f"expected a wire, got {type(wire).__name__}: pass the uint8 tensor that encode returned")
         expected = self.wire_nbytes(shape)
         if wire.dtype != torch.uint8 or wire.numel() != expected:
             raise ConfigError(

@@ -29,7 +29,7 @@ class Passthrough(Codec):
         self._values(wire, x.shape).copy_(x)
 
     def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
-        total = self._values(wires[0], out.shape).float()
+        total = self._values(wires[0], out.shape).to(torch.float32, copy=True)
         for wire in wires[1:]:
             total += self._values(wire, out.shape)
         out.copy_(total)

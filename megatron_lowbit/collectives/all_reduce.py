@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..codecs.base import Codec, rows_of
-from .exchange import Workspace, all_gather, all_to_all
+from .exchange import Workspace, all_gather, all_to_all, guarded
 from .layout import Shards, shard
 
 
@@ -77,5 +77,6 @@ def decode_shards(wires: torch.Tensor, shards: Shards, gather: Codec, out: torch
 def exact(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """torch.distributed's own all-reduce, on a copy."""
     out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, group=group)
+    with guarded(group):
+        dist.all_reduce(out, group=group)
     return out

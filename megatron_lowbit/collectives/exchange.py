@@ -5,11 +5,17 @@ from __future__ import annotations
 import datetime
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
 from ..errors import RankError
+
+# How long ranks wait for each other to compare settings, after the first time: one that does not come by then is in
+# some other collective.
+LATER_SECONDS = 60
 
 
 class Workspace:
@@ -22,7 +28,8 @@ class Workspace:
         """The first `nbytes` of the buffer, contents undefined."""
         buffer = self._buffers.get((name, device))
         if buffer is None or buffer.numel() < nbytes:
-            buffer = self._buffers[name, device] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
+                buffer = self._buffers[name, device] = torch.empty(nbytes, dtype=torch.uint8, device=device)
         return buffer[:nbytes]
 
     def floats(self, name: str, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
@@ -30,29 +37,48 @@ class Workspace:
         return self.bytes(name, 4 * shape[0] * shape[1], device).view(torch.float32).view(shape)
 
 
+@contextmanager
+def guarded(group: dist.ProcessGroup) -> Iterator[None]:
+    """Around a collective of torch: its failure becomes a RankError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"rank {dist.get_rank(group)} lost the other ranks of its group of {dist.get_world_size(group)}: one died, "
+            "stalled beyond the group's timeout, or passed another shape or spec (LOWBIT_CHECK=1 compares them call by "
+            f"call); look at the other ranks' errors and restart them all ({str(error).splitlines()[0]})"
+        ) from error
+
+
 def all_gather(output: torch.Tensor, piece: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Every rank's `piece` (uint8, of one length on all ranks) -> output, in rank order."""
+    """Every rank's `piece` (uint8, of one length on all ranks) -> output, in rank order. Raises RankError."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-    gather(output, piece, group=group)
+    with guarded(group):
+        gather(output, piece, group=group)
 
 
 def all_to_all(
     output: torch.Tensor, pieces: torch.Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup
 ) -> None:
-    """pieces: `sent[r]` bytes for each rank r, in order -> output: `received[r]` bytes from each."""
-    dist.all_to_all_single(output, pieces, received, sent, group=group)
+    """pieces: `sent[r]` bytes for each rank r, in order -> output: `received[r]` bytes from each. Raises RankError."""
+    with guarded(group):
+        dist.all_to_all_single(output, pieces, received, sent, group=group)
 
 
-def compare(facts: dict, group: dist.ProcessGroup, round_: int, timeout: float) -> None:
-    """Check that all ranks of `group` hold the same JSON-able `facts`. `round_` counts the comparisons of this group.
+def compare(facts: dict, group: dist.ProcessGroup, first: bool = False) -> None:
+    """Check that all ranks of `group` hold the same JSON-able `facts`. `first`: a rank may still be loading its model.
 
     Goes through the process group's store and not through a collective, because a rank that is in another collective
     meanwhile would hang both. Raises RankError, on every rank that compares, naming two ranks and what each of them
-    has, or the rank that has not come to compare within `timeout` seconds.
+    has, or the rank that has not come to compare in time: the store's timeout at first, LATER_SECONDS afterwards.
     """
     ranks, me = dist.get_process_group_ranks(group), dist.get_rank(group)
     store = dist.distributed_c10d._get_default_store()
-    keys = [f"megatron_lowbit/{group.group_name}/{round_}/{rank}" for rank in range(len(ranks))]
+    prefix = f"megatron_lowbit/{group.group_name}"
+    timeout = store.timeout.total_seconds()
+    timeout = timeout if first else min(LATER_SECONDS, timeout)
+    round_ = store.add(f"{prefix}/{me}", 1)  # counted in the store, which outlives a group that is made anew
+    keys = [f"{prefix}/{round_}/{rank}" for rank in range(len(ranks))]
     store.set(keys[me], json.dumps(facts, sort_keys=True))
     deadline, everyone = time.monotonic() + timeout, []
     for rank, key in enumerate(keys):

@@ -24,6 +24,18 @@ ROPE_NUMBERS = {  # rope type: the numbers config.json must give with it
 }
 
 
+INTEGERS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """The parts of a Llama `config.json` that shape the model."""
@@ -74,7 +86,19 @@ def read_config(folder: str | Path) -> LlamaConfig:
         raise ModelError(f"{path}: quantized weights are not supported; use an fp32, fp16 or bf16 checkpoint")
     if raw.get("hidden_act", "silu") != "silu":
         raise ModelError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported; supported: 'silu'")
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ModelError(
+            f"{path}: the rotary embedding's parameters are {rope!r}, not an object; download the model again"
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError(
+            f"{path}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported; supported: 1.0"
+        )
+    for name in INTEGERS:
+        value = raw.get(name)
+        if name in raw and value is not None and (type(value) is not int or value < 1):
+            raise ModelError(f"{path}: {name} is {value!r}, not a whole number above 0; download the model again")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE_NUMBERS:
         raise ModelError(f"{path}: rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_NUMBERS)}")
@@ -99,6 +123,8 @@ def read_config(folder: str | Path) -> LlamaConfig:
         )
     except KeyError as error:
         raise ModelError(f"{path} lacks {error}; download the model again") from error
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path} holds a value of the wrong kind ({error}); download the model again") from error
 
 
 def check_tensor_parallel(config: LlamaConfig, tp: int) -> None:

@@ -149,7 +149,7 @@ BERT = '{"model_type": "bert"}'
         (["--comm", "int4:g48"], "group size 'g48'"),
         (["--comm-algorithm", "ring"], "unknown algorithm 'ring': use one of auto, one-shot, two-step, exact"),
         (["--comm-min-bytes", "-1"], "min_bytes is -1"),
-        (["--comm", "exact", "--compare"], "compare exact with exact"),
+        (["--comm", "exact", "--compare"], "compares exact with exact"),
         (["--engine", "deepspeed"], "--engine deepspeed is not available in this version: use megatron"),
         (["--engine", "vllm"], "unknown --engine 'vllm'"),
         (["--tp", "3"], "TP=3 does not divide 8 attention heads"),
@@ -165,7 +165,15 @@ BERT = '{"model_type": "bert"}'
         (["--temperature", "-1"], "temperature is -1"),
         (["--top-k", "5", "--top-p", "0.5"], "exclude each other"),
         (["--timeout", "0"], "--timeout is 0"),
+        (["--timeout", "inf"], "--timeout is inf"),
+        (["--seed", "-1"], "--seed is -1"),
         (["--json", "/nowhere/out.json"], "there is no folder /nowhere"),
+        (["--json", "/tmp"], "--json /tmp is a folder"),
+        (["--temperature", "0", "--top-k", "5"], "--temperature 0 is greedy"),
+        (["--max-new-tokens", "100000"], "positions for the prompt and the new tokens together: lower it"),
+        (["--top-k", "100000"], "below the vocabulary size"),
+        (["--comm-algorithm", "exact"], "compresses nothing: give --comm exact"),
+        (["--comm", "exact", "--comm-min-bytes", "-7"], "min_bytes is -7"),
     ],
 )
 def test_bad_input_is_one_line_with_the_remedy(arguments, message, capsys, tmp_path):
@@ -181,6 +189,7 @@ def test_bad_input_is_one_line_with_the_remedy(arguments, message, capsys, tmp_p
     "arguments, message",
     [
         (["generate", "--colour"], "unrecognized arguments: --colour"),
+        (["generate", "--mod", "x"], "unrecognized arguments: --mod x"),
         (["generate", "--tp", "two"], "invalid int value: 'two'"),
         (["train"], "invalid choice: 'train'"),
         ([], "the following arguments are required: COMMAND"),
@@ -200,11 +209,46 @@ def test_a_launcher_with_another_number_of_ranks(monkeypatch, capsys):
     assert "--tp is 2, but the launcher started 4 ranks: start 2, or give --tp 4" in capsys.readouterr().err
 
 
-def test_prompts_too_long_for_the_model():
-    done = run("--max-new-tokens", "5000", "--prompt", "Once")
+def test_errors_found_inside_the_ranks_are_said_once(tmp_path):
+    prompts = tmp_path / "long.txt"
+    prompts.write_text("the old house " * 300)
+    done = run("--prompts", str(prompts), "--comm-sites", "layers.*.mlp")
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "shorten the prompt or lower max_new_tokens" in errors[0]
+
+
+def test_sites_that_do_not_exist():
+    done = run("--comm-sites", "layers.*.moe", *SHORT)
+    assert done.returncode == 2
+    assert "error: --comm-sites layers.*.moe selects none of layers.0.attention, layers.0.mlp" in done.stderr
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_an_unexpected_error_names_its_rank(rank, monkeypatch, capsys):
+    from megatron_lowbit.cli import generate
+
+    def fail(arguments):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(generate, "run", fail)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert main(["generate"]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"error: rank {rank}: MemoryError: no more; run again with --debug for the traceback\n"
+    )
+
+
+def test_ctrl_c_ends_quietly():
+    process = subprocess.Popen(
+        [*COMMAND, "--max-new-tokens", "200"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()  # both ranks are generating
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in stderr and "Thread" not in stderr
 
 
 def test_debug_shows_the_traceback(capsys):

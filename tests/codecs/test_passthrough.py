@@ -24,6 +24,14 @@ def test_sums_are_fp32_in_rank_order():
     assert out.item() == 2.0  # a bf16 accumulator would lose both ones
 
 
+def test_reducing_leaves_the_wires_alone():
+    codec, out = lowbit.codec("fp32"), torch.empty(1, 4)
+    wires = torch.stack([codec.encode(torch.ones(1, 4))] * 2)
+    for _ in range(2):
+        codec.reduce_rows(wires, out)
+        assert torch.equal(out, torch.full((1, 4), 2.0))
+
+
 def test_non_finite_passes():
     x = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1e30]])
     y = lowbit.codec("fp16").decode(lowbit.codec("fp16").encode(x), x.shape, x.dtype)

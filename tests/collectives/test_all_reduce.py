@@ -127,6 +127,17 @@ def test_one_ranks_non_finite_value_reaches_every_rank():
             assert y[1].isfinite().all() and y[3].isfinite().all()
 
 
+def _exact(rank, world):
+    x = torch.full((3, 5), float(rank + 1))
+    return [lowbit.all_reduce(x, "int4:g32", algorithm="exact"), lowbit.all_reduce(x, "int4:g32", min_bytes=1000), x]
+
+
+def test_exact_and_gated_messages_are_really_summed():
+    for rank, (exact, gated, x) in enumerate(run_ranks(3, _exact)):
+        assert torch.equal(exact, torch.full((3, 5), 6.0)) and torch.equal(gated, exact)
+        assert torch.equal(x, torch.full((3, 5), float(rank + 1)))
+
+
 def _bytes_sent(rank, world):
     x = partial(rank, (64, 1024), torch.bfloat16)
     sent = []

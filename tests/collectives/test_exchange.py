@@ -36,6 +36,63 @@ def test_calls_allocate_no_new_buffers():
     assert run_ranks(2, _no_growth) == [True, True]
 
 
+def _modes(rank, world):
+    """A workspace first used in inference mode has to serve outside of it, and the other way round."""
+    x, results = torch.randn(8, 64, generator=torch.Generator().manual_seed(rank)), []
+    for backend in ("numba", "reference"):
+        os.environ["LOWBIT_BACKEND"] = backend
+        for spec in ("int5:g32", "bf16"):
+            for first, second in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
+                shape = x if first is torch.no_grad else x[:4]
+                with first():
+                    lowbit.all_reduce(shape[:2], spec, algorithm="two-step")
+                with second():
+                    results.append(lowbit.all_reduce(shape, spec, algorithm="two-step").clone())
+    return results
+
+
+def test_inference_mode_and_ordinary_mode_share_buffers():
+    first, second = run_ranks(2, _modes)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and len(first) == 8
+
+
+def _checked(rank, world, folder):
+    os.environ["LOWBIT_CHECK"] = "1"
+    x = torch.zeros(8, 64)
+    for spec in ("int4:g64:sym", "int4:g128"):  # both are known to both ranks, and as long on the wire
+        lowbit.all_reduce(x, spec, min_bytes=0)
+    messages = []
+    for mine in ({"spec": ("int4:g64:sym", "int4:g128")[rank]}, {"shape": (8, 64 + 64 * rank)}):
+        try:
+            lowbit.all_reduce(torch.zeros(mine.get("shape", (8, 64))), mine.get("spec", "int4:g128"), min_bytes=0)
+        except lowbit.RankError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_every_call_can_be_checked():
+    for messages in run_ranks(2, _checked, ""):
+        assert messages[0].startswith("ranks disagree on spec: rank 0 has 'int4:g64:sym', rank 1 has 'int4:g128'")
+        assert messages[1].startswith("ranks disagree on shape: rank 0 has [8, 64], rank 1 has [8, 128]")
+
+
+def _made_anew(rank, world, folder):
+    """A second world over the same store must not read what the first one left there."""
+    import torch.distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+    x = torch.ones(2, 32)
+    lowbit.all_reduce(x, "int8:g32", min_bytes=0)
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=world)
+    return lowbit.all_reduce(x, "int4:g32", min_bytes=0)
+
+
+def test_a_world_made_anew():
+    assert all(torch.equal(result, torch.full((2, 32), 2.0)) for result in run_ranks(2, _made_anew, ""))
+
+
 def _mismatch(rank, world, kind):
     spec = "int8:g128" if kind == "spec" and rank == 1 else "int4:g32"
     if kind == "backend" and rank == 2:
@@ -64,9 +121,9 @@ def test_ranks_that_disagree_all_get_an_error_naming_both_sides(kind, sides):
 
 
 def _changes_its_mind(rank, world, folder):
-    from megatron_lowbit import communicator
+    from megatron_lowbit.collectives import exchange
 
-    communicator.LATER_SECONDS = 3
+    exchange.LATER_SECONDS = 3
     x = torch.zeros(8, 64)
     lowbit.all_reduce(x, "int4:g32", min_bytes=0)
     try:
