@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from .generate import Job
+    from .job import Job
 
 KEYS = {
     "exact": ("texts", "perplexity", "seconds", "bytes_sent"),

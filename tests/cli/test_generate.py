@@ -12,7 +12,8 @@ import pytest
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.__main__ import main
-from megatron_lowbit.cli.generate import BUNDLED, DEFAULT_SPEC, agreement
+from megatron_lowbit.cli.generate import agreement
+from megatron_lowbit.cli.job import BUNDLED, DEFAULT_SPEC
 
 COMMAND = [sys.executable, "-m", "megatron_lowbit", "generate"]
 SHORT = ["--max-new-tokens", "12", "--prompt", "The old house stood", "--prompt", "It was a cold morning"]

@@ -1,0 +1,197 @@
+"""The options of `generate`, and everything about them that can be checked before a model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import ALGORITHMS, CommConfig
+from ..errors import ConfigError, ModelError
+from . import launch
+
+if TYPE_CHECKING:
+    from ..engines.base import Sampling
+
+BUNDLED = Path(__file__).resolve().parents[2] / "examples"
+DEFAULT_SPEC = "int6:g64"
+EXACT = "exact"
+PLANNED_ENGINES = ("deepspeed", "transformers")
+DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `generate`."""
+    what = parser.add_argument_group("model")
+    what.add_argument(
+        "--model", type=Path, metavar="DIR", help="Hugging Face Llama folder (default: the bundled model)"
+    )
+    what.add_argument("--engine", default="megatron", help="framework that runs the model: megatron (default)")
+    what.add_argument(
+        "--tp", type=int, metavar="N", help="tensor-parallel ranks (default: 2, or as many as torchrun started)"
+    )
+    what.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of weights and activations (default: the checkpoint's)"
+    )
+    comm = parser.add_argument_group("communication")
+    comm.add_argument(
+        "--comm",
+        metavar="SPEC",
+        default=DEFAULT_SPEC,
+        help=f"what partial sums travel as, such as int4:g32/int8:g128; '{EXACT}': uncompressed (default: %(default)s)",
+    )
+    comm.add_argument(
+        "--comm-algorithm", metavar="NAME", default="auto", help=f"one of {', '.join(ALGORITHMS)} (default: auto)"
+    )
+    comm.add_argument(
+        "--comm-min-bytes",
+        type=int,
+        metavar="N",
+        default=0,
+        help="leave smaller messages uncompressed (default: 0, so that every message shows its cost in accuracy; "
+        "for speed, decode messages are better left exact)",
+    )
+    comm.add_argument(
+        "--comm-sites", metavar="GLOB", action="append", help="compress these sites only, such as 'layers.*.mlp'"
+    )
+    comm.add_argument("--compare", action="store_true", help="run exactly as well, and compare")
+    comm.add_argument(
+        "--timeout", type=float, metavar="SECONDS", default=300, help="give up on a silent rank (default: 300)"
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompt", action="append", metavar="TEXT", help="prompt; may be repeated")
+    text.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one per line")
+    text.add_argument("--max-new-tokens", type=int, metavar="N", default=48, help="per prompt (default: %(default)s)")
+    text.add_argument(
+        "--temperature", type=float, metavar="T", help="0: greedy (default: greedy, or 1 with --top-k or --top-p)"
+    )
+    text.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
+    text.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens that hold probability P"
+    )
+    text.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    text.add_argument(
+        "--text", type=Path, metavar="FILE", help="text to measure perplexity on (default: the bundled one)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+
+
+@dataclass(frozen=True)
+class Job:
+    """The checked arguments."""
+
+    model: Path
+    engine: str
+    tp: int
+    dtype: str | None
+    config: CommConfig | None  # None: exact only
+    compare: bool
+    prompts: tuple[str, ...]
+    sampling: Sampling
+    text: str | None  # None: no perplexity
+    json: Path | None
+
+
+def check(arguments: argparse.Namespace) -> Job:
+    """Arguments -> Job. Raises ConfigError or ModelError for anything that can be known before a model is loaded."""
+    if arguments.engine in PLANNED_ENGINES:
+        raise ConfigError(f"--engine {arguments.engine} is not available in this version: use megatron")
+    if arguments.engine != "megatron":
+        raise ConfigError(f"unknown --engine {arguments.engine!r}: use megatron")
+    sites = arguments.comm_sites and tuple(arguments.comm_sites)
+    spec = DEFAULT_SPEC if arguments.comm == EXACT else arguments.comm
+    config = CommConfig(spec, arguments.comm_algorithm, arguments.comm_min_bytes, sites)
+    if config.algorithm == EXACT and arguments.comm != EXACT:
+        raise ConfigError(f"--comm-algorithm {EXACT} compresses nothing: give --comm {EXACT} if that is meant")
+    if arguments.comm == EXACT:
+        config = None
+        if arguments.compare:
+            raise ConfigError(
+                f"--compare with --comm {EXACT} compares exact with exact: give a spec such as {DEFAULT_SPEC}"
+            )
+    tp = arguments.tp if arguments.tp is not None else launch.world_size() or 2
+    if config is not None and tp == 1:
+        raise ConfigError(
+            f"--tp 1 has nothing to communicate, so nothing to compress: give --tp 2 or more, or --comm {EXACT}"
+        )
+    model = _bundled(arguments.model, "model", "--model DIR")
+    try:
+        from ..engines.hf_llama import Checkpoint, check_tensor_parallel, read_config
+    except ImportError as error:
+        raise ModelError(f"{error}: pip install 'megatron-lowbit[megatron]'") from error
+    llama = read_config(model)
+    check_tensor_parallel(llama, tp)
+    Checkpoint(model, llama)
+    text_file = (
+        arguments.text if arguments.text or not (BUNDLED / "sample_text.txt").is_file() else BUNDLED / "sample_text.txt"
+    )
+    sampling = _sampling(arguments)
+    if sampling.max_new_tokens >= llama.max_positions:
+        raise ConfigError(
+            f"--max-new-tokens is {sampling.max_new_tokens}, and the model has {llama.max_positions} positions for the "
+            "prompt and the new tokens together: lower it"
+        )
+    if sampling.top_k >= llama.vocab:
+        raise ConfigError(f"--top-k is {sampling.top_k}: it must stay below the vocabulary size, {llama.vocab}")
+    if arguments.json and arguments.json.is_dir():
+        raise ConfigError(f"--json {arguments.json} is a folder: give a file")
+    if arguments.json and not arguments.json.resolve().parent.is_dir():
+        raise ConfigError(
+            f"--json {arguments.json}: there is no folder {arguments.json.resolve().parent}; make it first"
+        )
+    if not 0 < arguments.timeout <= 1e6:
+        raise ConfigError(f"--timeout is {arguments.timeout}: give seconds above 0, at most a million")
+    if not 0 <= arguments.seed < 2**63:
+        raise ConfigError(f"--seed is {arguments.seed}: give a number from 0 to 2**63 - 1")
+    return Job(
+        model,
+        arguments.engine,
+        tp,
+        DTYPES[arguments.dtype],
+        config,
+        arguments.compare,
+        tuple(_prompts(arguments)),
+        sampling,
+        _read(text_file, "--text") if text_file else None,
+        arguments.json,
+    )
+
+
+def _bundled(given: Path | None, name: str, option: str) -> Path:
+    if given is None and not (BUNDLED / name).exists():
+        raise ConfigError(f"this install has no bundled {name}: give {option}, or run from a clone of the repository")
+    return given or BUNDLED / name
+
+
+def _read(path: Path, option: str) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path} cannot be read as UTF-8 text ({error}): give a text file") from error
+    if not text.strip():
+        raise ConfigError(f"{option} {path} is empty: give a file with text")
+    return text
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts = list(arguments.prompt or [])
+    if any(not prompt.strip() for prompt in prompts):
+        raise ConfigError("--prompt is empty: give at least one word")
+    if arguments.prompts or not prompts:
+        path = arguments.prompts or _bundled(None, "prompts.txt", "--prompt TEXT")
+        prompts += [line.strip() for line in _read(path, "--prompts").splitlines() if line.strip()]
+    return prompts
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    from ..engines.base import Sampling
+
+    if arguments.temperature == 0 and (arguments.top_k is not None or arguments.top_p is not None):
+        raise ConfigError("--temperature 0 is greedy, and --top-k or --top-p would do nothing: leave one of them out")
+    asked = arguments.top_k is not None or arguments.top_p is not None
+    temperature = arguments.temperature if arguments.temperature is not None else float(asked)
+    common = {"max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}
+    if temperature == 0:
+        return Sampling(**common)
+    return Sampling(temperature=temperature, top_k=arguments.top_k or 0, top_p=arguments.top_p or 0.0, **common)
