@@ -13,7 +13,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED)  ## generate text with tensor parallelism, exact and compressed side by side
-	@$(BIN)/python -m megatron_lowbit generate --compare
+	@$(BIN)/python -m megatron_lowbit generate --compare --temperature 0.6 --top-k 20 $(DEMO_ARGS)
 
 test: $(INSTALLED)  ## run the tests that take a few minutes in all (PYTEST_ARGS="-q -k codec" to choose)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -36,8 +36,13 @@ def machine() -> dict:
         "numba": __import__("numba").__version__,
         "megatron_lowbit": lowbit.__version__,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *map(_without_folders, sys.argv[1:])]),
     }
+
+
+def _without_folders(argument: str) -> str:
+    """A path outside of the repository says nothing to a reader: its last part does."""
+    return Path(argument).name if os.path.isabs(argument) else argument
 
 
 def time_calls(function: Callable[[], object], repeats: int) -> dict[str, float]:

@@ -40,7 +40,7 @@ communication can be seen and measured without a download.
 - **Data**: {data} ({characters:,} characters, {tokens:,} tokens, SHA-256 `{sha}`). The text itself is not distributed.
 - **Licence**: weights and tokenizer Apache-2.0, like the rest of the repository.
 - **Training**: {steps} steps of {batch} windows of {window} tokens ({epochs:.1f} epochs), {minutes:.0f} minutes on
-  {threads} CPU cores that other work shared.
+  {threads} CPU threads.
 - **Held-out perplexity**: {perplexity:.2f} per token ({bits:.3f} bits per character) on `{held_out}`
   (SHA-256 `{held_out_sha}`), windows of {window} tokens, no overlap.
 - **Command**: `{command}`
@@ -199,10 +199,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=32, help="windows per step")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=16, help="windows per step")
+    parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--warmup", type=int, default=50)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)

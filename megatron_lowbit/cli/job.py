@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..engines.base import Sampling
 
 BUNDLED = Path(__file__).resolve().parents[2] / "examples"
-DEFAULT_SPEC = "int6:g64"
+DEFAULT_SPEC = "int4:g32"  # why: docs/accuracy.md
 EXACT = "exact"
 PLANNED_ENGINES = ("deepspeed", "transformers")
 DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
