@@ -24,9 +24,11 @@ test-full: $(INSTALLED)  ## run the slow tests too
 lint: $(INSTALLED)  ## check the code with ruff
 	@$(BIN)/ruff check .
 
-bench: $(INSTALLED)  ## measure the codecs on this machine, into benchmarks/results/codecs.json
-	@mkdir -p benchmarks/results
+bench: $(INSTALLED)  ## measure on this machine, into benchmarks/results/ and the tables of README.md and docs/
 	@$(BIN)/python benchmarks/codecs.py --json benchmarks/results/codecs.json
+	@$(BIN)/python benchmarks/scale_formats.py --json benchmarks/results/scale_formats.json
+	@$(BIN)/python benchmarks/demo.py --json benchmarks/results/demo.json
+	@$(BIN)/python benchmarks/tables.py
 
 clean:  ## remove what was built and cached (.venv stays)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
