@@ -1,10 +1,11 @@
 """Group-wise affine integers on CPU (numba): the arithmetic and the wire of `codecs/affine.py`, bit for bit.
 
-Everything happens in blocks of 32 values held in registers (cpu_simd.py). Encoding passes over a group twice: extremes,
-then codes, packed block by block. Extremes are taken on the ordered integer form of the floats, where NaN and Inf end
-up at the ends and one comparison finds them. Reducing keeps a block of sums in registers over all wires, so nothing but
-the wires is read and nothing but the result is written. A row's last, shorter block goes through a scratch block,
-which the caller owns: numba frees an array of its own after its last mention, and an address is no mention.
+Everything happens in blocks of 32 values held in registers (cpu_simd.py). Encoding takes 32 groups at a time: the
+extremes of each, then scales and zeros of all 32 at once, one group a lane, then the codes, packed block by block.
+Extremes are taken on the ordered integer form of the floats, where NaN and Inf end up at the ends and one comparison
+finds them. Reducing keeps a block of sums in registers over all wires, so nothing but the wires is read and nothing but
+the result is written. A row's last, shorter block goes through a scratch block, which the caller owns: numba frees an
+array of its own after its last mention, and an address is no mention.
 
 fp32 and bf16 are read and written as they are; fp16 goes through a converted copy.
 """
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _INF = np.int32(0x7F800000)  # ordered() of +Inf
 _MINUS_INF = np.int32(-0x7F800001)  # ordered() of -Inf
 _NAN = np.int32(0x7FC0)  # bf16
-_SMALLEST = np.float32(2.0**-126)
+_ONE = np.int32(0x3F800000)  # 1.0
 _MAGIC = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, half to even
 _MAGIC_BITS = np.int32(0x4B400000)
 
@@ -36,39 +37,25 @@ def _bf16_value(bits):
 
 
 @inline
-def _bf16_nearest(value):
-    """fp32, not NaN -> bf16 bits, to nearest even."""
-    bits = simd.as_int(value)
-    return ((bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)) & np.int32(0xFFFF)
-
-
-@inline
-def _bf16_down(value):
-    """fp32, not NaN -> bf16 bits, rounded towards minus infinity."""
-    bits = simd.as_int(value)
-    away = np.int32(1) if bits < 0 and (bits & np.int32(0xFFFF)) != 0 else np.int32(0)
-    return ((bits >> np.int32(16)) + away) & np.int32(0xFFFF)
-
-
-@inline
 def _parameters(lowest, highest, bits, sym):
-    """Ordered extremes of a group -> bf16 bits of scale and zero, both NaN where the group is not finite."""
-    if highest >= _INF or lowest <= _MINUS_INF:
-        return _NAN, _NAN
-    lo = simd.as_float(simd.ordered(lowest)) + np.float32(0)
-    hi = simd.as_float(simd.ordered(highest)) + np.float32(0)
+    """Ordered extremes of 32 groups -> bf16 bits of their scales and zeros, both NaN where a group is not finite."""
+    finite = simd.and_(simd.less(highest, _INF), simd.less(simd.splat(_MINUS_INF), lowest))
+    lo = simd.fadd(simd.ordered(lowest), np.float32(0))
+    hi = simd.fadd(simd.ordered(highest), np.float32(0))
     if sym:
-        zero = np.int32(0)
-        scale = _bf16_nearest((lo if -lo >= hi else hi) / -np.float32(1 << (bits - 1)))
-    else:
-        zero = _bf16_down(lo)
-        span = hi - _bf16_value(zero)
-        if not (span - span == np.float32(0)):
-            return _NAN, _NAN
-        scale = _bf16_nearest(span / np.float32((1 << bits) - 1))
-    if abs(_bf16_value(scale)) < _SMALLEST:
-        scale = np.int32(0)
-    return scale, zero
+        extreme = simd.choose(simd.fless(simd.fmul(lo, np.float32(-1)), hi), hi, lo)
+        scale = simd.round_bf16(simd.fdiv(extreme, -np.float32(1 << (bits - 1))))
+        zero = simd.splat(np.int32(0))
+    else:  # towards minus infinity: cut, and one step further from 0 where a negative number was cut
+        cut = simd.less(simd.splat(np.int32(0)), simd.and_(lo, np.int32(0xFFFF)))
+        away = simd.and_(simd.and_(cut, simd.less(lo, np.int32(0))), np.int32(1))
+        zero = simd.and_(simd.add(simd.shift_right(lo, np.int32(16)), away), np.int32(0xFFFF))
+        span = simd.fsub(hi, simd.shift_left(zero, np.int32(16)))
+        finite = simd.and_(finite, simd.less(simd.and_(span, np.int32(0x7FFFFFFF)), _INF))
+        scale = simd.round_bf16(simd.fdiv(span, np.float32((1 << bits) - 1)))
+    normal = simd.less(simd.splat(np.int32(0x007F)), simd.and_(scale, np.int32(0x7FFF)))
+    scale = simd.choose(finite, simd.and_(normal, scale), simd.splat(_NAN))
+    return scale, zero if sym else simd.choose(finite, zero, simd.splat(_NAN))
 
 
 @inline
@@ -105,6 +92,13 @@ def _load_tail(codes, n, address, width, shift):
             simd.store_byte(at, simd.load_byte(at) | part)
 
 
+@inline
+def _fill_tail(source, n, itemsize, scratch):
+    """A block of n < 32 values, filled up by repeating them, which leaves the extremes alone."""
+    for j in range(32):
+        _copy(source + (j % n) * itemsize, scratch + j * itemsize, itemsize)
+
+
 @jit
 def _encode(x, bf16, rows, features, p8, p4, p2, p1, scales, zeros, bits, group, sym, scratch):
     itemsize = 2 if bf16 else 4
@@ -112,32 +106,52 @@ def _encode(x, bf16, rows, features, p8, p4, p2, p1, scales, zeros, bits, group,
     half = np.int32(1 << (bits - 1)) if sym else np.int32(0)
     below2, below1 = np.int32(bits & 4), np.int32(bits & 6)
     padded = (features + 7) // 8 * 8
-    parameter = 0
-    for row in range(rows):
-        for start in range(0, features, group):
+    groups = rows * ((features + group - 1) // group)
+    lows, highs = scratch + 128, scratch + 256  # then, of the same 32 groups:
+    scale_at, zero_at, inverse_at = scratch + 128, scratch + 256, scratch + 384
+    first_row, first_start = 0, 0
+    for batch in range(0, groups, 32):
+        count = min(32, groups - batch)
+
+        row, start = first_row, first_start
+        for k in range(count):  # extremes
             stop = min(start + group, features)
-            tail = (stop - start) % 32
+            tail, blocks = (stop - start) % 32, (stop - start) // 32
             source = x + (row * features + start) * itemsize
-            blocks = (stop - start) // 32
-            end = source + blocks * 32 * itemsize
-            if tail:  # repeating a value of the group leaves its extremes alone
-                for j in range(32):
-                    _copy(end + (j % tail) * itemsize, scratch + j * itemsize, itemsize)
+            if tail:
+                _fill_tail(source + blocks * 32 * itemsize, tail, itemsize, scratch)
             lowest = simd.ordered(_load(scratch if tail else source, bf16))
             highest = lowest
-            for block in range(blocks):
+            for block in range(0 if tail else 1, blocks):
                 values = simd.ordered(_load(source + block * 32 * itemsize, bf16))
                 lowest = simd.minimum(lowest, values)
                 highest = simd.maximum(highest, values)
-            scale, zero = _parameters(simd.smallest(lowest), simd.largest(highest), bits, sym)
-            simd.store_half(scales + 2 * parameter, scale)
+            simd.store_word(lows + 4 * k, simd.smallest(lowest))
+            simd.store_word(highs + 4 * k, simd.largest(highest))
+            start = stop
+            if start == features:
+                row, start = row + 1, 0
+
+        scale_bits, zero_bits = _parameters(simd.load_fp32(lows), simd.load_fp32(highs), bits, sym)
+        inverses = simd.fdiv(simd.splat(_ONE), simd.shift_left(scale_bits, np.int32(16)))
+        simd.store_fp32(inverse_at, simd.choose(simd.equal(scale_bits, np.int32(0)), scale_bits, inverses))
+        simd.store_fp32(scale_at, scale_bits)
+        simd.store_fp32(zero_at, zero_bits)
+
+        row, start = first_row, first_start
+        for k in range(count):  # codes
+            stop = min(start + group, features)
+            tail, blocks = (stop - start) % 32, (stop - start) // 32
+            source = x + (row * features + start) * itemsize
+            scale, zero = simd.load_word(scale_at + 4 * k), simd.load_word(zero_at + 4 * k)
+            inverse, offset = simd.as_float(simd.load_word(inverse_at + 4 * k)), _bf16_value(zero)
+            simd.store_half(scales + 2 * (batch + k), scale)
             if not sym:
-                simd.store_half(zeros + 2 * parameter, zero)
-            parameter += 1
-            inverse = np.float32(0) if scale == 0 else np.float32(1) / _bf16_value(scale)
-            offset = _bf16_value(zero)
+                simd.store_half(zeros + 2 * (batch + k), zero)
             at = row * padded + start
             for block in range(blocks + (1 if tail else 0)):
+                if block == blocks:
+                    _fill_tail(source + blocks * 32 * itemsize, tail, itemsize, scratch)
                 codes = simd.splat(np.int32(0))
                 if scale != _NAN:
                     values = _load(source + block * 32 * itemsize if block < blocks else scratch, bf16)
@@ -166,6 +180,10 @@ def _encode(x, bf16, rows, features, p8, p4, p2, p1, scales, zeros, bits, group,
                         _store_tail(scratch, n, p2 + at // 4, 2, below2)
                     if bits & 1:
                         _store_tail(scratch, n, p1 + at // 8, 1, below1)
+            start = stop
+            if start == features:
+                row, start = row + 1, 0
+        first_row, first_start = row, start
 
 
 @jit
@@ -231,7 +249,7 @@ def _addresses(codec: Affine, wire: torch.Tensor, rows: int, features: int) -> l
 
 def encode_rows(codec: Affine, x: torch.Tensor, wire: torch.Tensor) -> None:
     """x [rows, features] contiguous -> wire, as `Codec.encode_rows`."""
-    values, scratch = x.float() if x.dtype == torch.float16 else x, torch.empty(32, dtype=torch.int32)
+    values, scratch = x.float() if x.dtype == torch.float16 else x, torch.zeros(4 * 32, dtype=torch.int32)
     _encode(
         values.data_ptr(),
         values.dtype == torch.bfloat16,

@@ -15,6 +15,7 @@ import hashlib
 from pathlib import Path
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
@@ -111,6 +112,7 @@ def _storer(element: ir.Type, numba_type: types.Type, lanes: int, convert=None):
 
 load_byte, store_byte = _loader(_i8, types.int32, 1), _storer(_i8, types.int32, 1)
 load_half, store_half = _loader(ir.IntType(16), types.int32, 1), _storer(ir.IntType(16), types.int32, 1)
+load_word, store_word = _loader(_i32, types.int32, 1), _storer(_i32, types.int32, 1)
 load_fp32, store_fp32 = _loader(_i32, Vector, LANES), _storer(_i32, Vector, LANES)
 store_bf16 = _storer(ir.IntType(16), Vector, LANES, _round_to_bf16)
 _load_halves = _loader(ir.IntType(16), Vector, LANES)
@@ -185,12 +187,24 @@ def _elementwise(floating: bool, generate_lanes):
 fadd = _elementwise(True, lambda builder, a, b: builder.fadd(a, b))
 fsub = _elementwise(True, lambda builder, a, b: builder.fsub(a, b))
 fmul = _elementwise(True, lambda builder, a, b: builder.fmul(a, b))
+fdiv = _elementwise(True, lambda builder, a, b: builder.fdiv(a, b))
 add = _elementwise(False, lambda builder, a, b: builder.add(a, b))
 sub = _elementwise(False, lambda builder, a, b: builder.sub(a, b))
 or_ = _elementwise(False, lambda builder, a, b: builder.or_(a, b))
 shift_left = _elementwise(False, lambda builder, a, b: builder.shl(a, b))
+shift_right = _elementwise(False, lambda builder, a, b: builder.ashr(a, b))
+and_ = _elementwise(False, lambda builder, a, b: builder.and_(a, b))
+less = _elementwise(False, lambda builder, a, b: builder.sext(builder.icmp_signed("<", a, b), _ints))  # -1 or 0
+equal = _elementwise(False, lambda builder, a, b: builder.sext(builder.icmp_signed("==", a, b), _ints))
+fless = _elementwise(True, lambda builder, a, b: builder.sext(builder.fcmp_ordered("<", a, b), _ints))
 minimum = _elementwise(False, lambda builder, a, b: builder.select(builder.icmp_signed("<", a, b), a, b))
 maximum = _elementwise(False, lambda builder, a, b: builder.select(builder.icmp_signed(">", a, b), a, b))
+
+
+@inline
+def choose(mask, yes, no):
+    """Lanes of `yes` where the mask is -1, of `no` where it is 0."""
+    return or_(and_(mask, yes), and_(sub(splat(np.int32(-1)), mask), no))
 
 
 def _unary(result: types.Type, argument: types.Type, generate_value):
@@ -217,6 +231,7 @@ def _reduction(operation: str):
 smallest, largest = _reduction("smin"), _reduction("smax")  # over the lanes, as signed integers
 splat = _unary(Vector, types.int32, _splat)
 to_float = _unary(Vector, Vector, lambda builder, value: builder.bitcast(builder.sitofp(value, _floats), _ints))
+round_bf16 = _unary(Vector, Vector, _round_to_bf16)  # fp32 bits -> bf16 bits in the low half
 as_float = _unary(types.float32, types.int32, lambda builder, value: builder.bitcast(value, _f32))
 as_int = _unary(types.int32, types.float32, lambda builder, value: builder.bitcast(value, _i32))
 
