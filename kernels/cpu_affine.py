@@ -70,26 +70,26 @@ def _copy(source, target, nbytes):
 
 
 @inline
-def _store_tail(codes, n, address, width, shift):
-    """A block of n < 32 codes (memory of int32; n a multiple of 8) as one plane."""
-    size = n * width // 8
-    for j in range(size):
-        byte = np.int32(0)
-        for k in range(8 // width):
-            code = simd.load_byte(codes + 4 * (j + k * size))
-            byte |= ((code >> shift) & np.int32((1 << width) - 1)) << np.int32(k * width)
-        simd.store_byte(address + j, byte)
+def _tail_planes(codes, n, at, planes, bits, store):
+    """A block of n < 32 codes (memory of int32; n a multiple of 8) to its planes or from them.
 
-
-@inline
-def _load_tail(codes, n, address, width, shift):
-    size = n * width // 8
-    for j in range(size):
-        byte = simd.load_byte(address + j)
-        for k in range(8 // width):
-            at = codes + 4 * (j + k * size)
-            part = ((byte >> np.int32(k * width)) & np.int32((1 << width) - 1)) << shift
-            simd.store_byte(at, simd.load_byte(at) | part)
+    at: the block's first value, counted in padded values; planes: addresses of the planes of 8, 4, 2 and 1 bits.
+    """
+    for p in range(4):
+        width = 8 >> p
+        if bits & width:
+            address, size = planes[p] + at * width // 8, n * width // 8
+            shift, mask = np.int32(bits & (16 - 2 * width)), np.int32((1 << width) - 1)
+            for j in range(size):
+                byte = np.int32(0) if store else simd.load_byte(address + j)
+                for k in range(8 // width):
+                    code, place = codes + 4 * (j + k * size), np.int32(k * width)
+                    if store:
+                        byte |= ((simd.load_byte(code) >> shift) & mask) << place
+                    else:
+                        simd.store_byte(code, simd.load_byte(code) | (((byte >> place) & mask) << shift))
+                if store:
+                    simd.store_byte(address + j, byte)
 
 
 @inline
@@ -172,14 +172,7 @@ def _encode(x, bf16, rows, features, p8, p4, p2, p1, scales, zeros, bits, group,
                     n = (tail + 7) // 8 * 8
                     for j in range(tail, n):
                         simd.store_byte(scratch + 4 * j, np.int32(0))
-                    if bits & 8:
-                        _store_tail(scratch, n, p8 + at, 8, np.int32(0))
-                    if bits & 4:
-                        _store_tail(scratch, n, p4 + at // 2, 4, np.int32(0))
-                    if bits & 2:
-                        _store_tail(scratch, n, p2 + at // 4, 2, below2)
-                    if bits & 1:
-                        _store_tail(scratch, n, p1 + at // 8, 1, below1)
+                    _tail_planes(scratch, n, at, (p8, p4, p2, p1), bits, True)
             start = stop
             if start == features:
                 row, start = row + 1, 0
@@ -214,14 +207,7 @@ def _reduce(wires, stride, p8, p4, p2, p1, scales, zeros, bits, group, sym, out,
                 else:
                     n8 = (n + 7) // 8 * 8
                     simd.store_fp32(scratch, codes)
-                    if bits & 8:
-                        _load_tail(scratch, n8, p8 + skip + at, 8, np.int32(0))
-                    if bits & 4:
-                        _load_tail(scratch, n8, p4 + skip + at // 2, 4, np.int32(0))
-                    if bits & 2:
-                        _load_tail(scratch, n8, p2 + skip + at // 4, 2, below2)
-                    if bits & 1:
-                        _load_tail(scratch, n8, p1 + skip + at // 8, 1, below1)
+                    _tail_planes(scratch, n8, at, (p8 + skip, p4 + skip, p2 + skip, p1 + skip), bits, False)
                     codes = simd.load_fp32(scratch)
                 scale = _bf16_value(simd.load_half(scales + skip + parameter))
                 values = simd.fmul(simd.to_float(simd.sub(codes, half)), scale)
