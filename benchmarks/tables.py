@@ -48,7 +48,7 @@ def accuracy(specs: list[str] | None = None) -> str:
         lines.append([f"`{spec}`", *cells])
     columns = ["spec", f"fewer bytes than bf16, TP {tps[0]}", f"TP {tps[-1]}", *(f"perplexity, TP {tp}" for tp in tps)]
     note = (
-        f"Bundled model, `{result['text']}` (SHA-256 `{result['text_sha256'][:12]}…`), {result['tokens']:,} tokens, "
+        f"`{result['text']}` (SHA-256 `{result['text_sha256'][:12]}…`), the first {result['tokens']:,} tokens, "
         f"exact perplexity {result['rows'][0]['perplexity_exact']:.2f}; loss with one standard error of the paired "
         f"difference; TP 2 one-shot, else two-step, simulated bit for bit. {measured(result)}"
     )
@@ -77,7 +77,9 @@ def codecs() -> str:
         for r in result["rows"]
     ]  # fmt: skip
     note = f"One core, {result['values']:,} values, bf16-equivalent, median of {result['repeats']}. " + measured(result)
-    return markdown(["spec", "backend", "input", "bits per value", "encode", "decode-accumulate"], rows, note)
+    return markdown(
+        ["spec", "backend", "input", "bits per value", "encode, GB/s", "decode-accumulate, GB/s"], rows, note
+    )
 
 
 def threshold() -> str:

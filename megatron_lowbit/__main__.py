@@ -54,11 +54,16 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command -> its exit code: 0, 2 for an error of the user's to mend, 1 for any other."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = parser().parse_args(argv)
+    root = parser()
+    arguments, unknown = root.parse_known_args(argv)
+    if unknown:
+        root.prog += f" {arguments.command}"
+        root.error(f"unrecognized arguments: {' '.join(unknown)}")
     arguments.argv = argv
     try:
         return COMMANDS[arguments.command].run(arguments)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if arguments.debug:

@@ -67,7 +67,7 @@ class Communicator:
             raise ConfigError(
                 "x requires grad, and a compressed all-reduce has no gradient: call it under torch.no_grad()"
             )
-        if os.environ.get("LOWBIT_CHECK") == "1" and self.world > 1:
+        if self._every_call_is_checked() and self.world > 1:
             facts = {"spec": self.config.spec, "site": site, "shape": list(x.shape), "dtype": str(x.dtype)}
             exchange.compare(facts, self.group)
         decision = policy.choose(self.config, site, x.numel() * x.itemsize, self.world, x.device.type)
@@ -88,6 +88,13 @@ class Communicator:
             fallback=decision.fallback,
         )
         return out
+
+    @staticmethod
+    def _every_call_is_checked() -> bool:
+        value = os.environ.get("LOWBIT_CHECK", "")
+        if value not in ("", "0", "1"):
+            raise ConfigError(f"LOWBIT_CHECK={value!r} is unknown: set it to 1 or 0, or leave it unset")
+        return value == "1"
 
 
 _communicators: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[CommConfig, Communicator]]

@@ -57,7 +57,7 @@ def _two_step(partials, scatter, gather):
 
 def _checked(partials: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     if not isinstance(partials, Sequence) or not partials:
-        raise ConfigError("no partial sums to reduce: pass a list with one tensor per rank")
+        raise ConfigError(f"expected partial sums, got {type(partials).__name__}: pass a list with one tensor per rank")
     for rank, x in enumerate(partials):
         check_tensor(x)
         if x.shape != partials[0].shape or x.dtype != partials[0].dtype:

@@ -48,9 +48,9 @@ def test_auto_follows_the_policy():
 @pytest.mark.parametrize(
     "partials, message",
     [
-        ([], "no partial sums"),
+        ([], "expected partial sums"),
         ([torch.zeros(2, dtype=torch.int32)], "dtype int32"),
-        (3, "no partial sums"),
+        (3, "expected partial sums, got int"),
         ([torch.zeros(2), torch.zeros(3)], "rank 1 has shape"),
         ([torch.zeros(2), torch.zeros(2).half()], "rank 1 has shape"),
     ],

@@ -52,6 +52,7 @@ def work(job: Job) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # Megatron dumps all stacks on these; ending quietly is enough
         faulthandler.unregister(number)
     faulthandler.disable()
+    engine.check(job.prompts, job.sampling)
     show = report.Report(job, rank=int(os.environ["RANK"]))
     results = {}
     if job.compare or job.config is None:
@@ -85,11 +86,7 @@ def _measure(engine: Engine, job: Job, config: CommConfig, stream) -> dict:
     """One run: generation (timed), perplexity, and what both sent."""
     from ..patches import megatron_core
 
-    with megatron_core.enable(config, engine.model) as handle:
-        if not any(config.selects(site) for site in handle.sites):
-            raise ModelError(
-                f"--comm-sites {' '.join(config.sites)} selects none of {', '.join(handle.sites)}: give other globs"
-            )
+    with megatron_core.enable(config, engine.model):
         # Compile or load the kernels, make the buffers and let the ranks compare settings before the clock starts.
         engine.generate(job.prompts[:1], replace(job.sampling, max_new_tokens=1))
         telemetry.reset_stats()

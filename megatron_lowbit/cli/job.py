@@ -111,6 +111,8 @@ def check(arguments: argparse.Namespace) -> Job:
                 f"--compare with --comm {EXACT} compares exact with exact: give a spec such as {DEFAULT_SPEC}"
             )
     tp = arguments.tp if arguments.tp is not None else launch.world_size() or 2
+    if tp < 1:
+        raise ConfigError(f"--tp is {tp}: give 1 or more ranks")
     if config is not None and tp == 1:
         raise ConfigError(
             f"--tp 1 has nothing to communicate, so nothing to compress: give --tp 2 or more, or --comm {EXACT}"
@@ -123,6 +125,12 @@ def check(arguments: argparse.Namespace) -> Job:
     llama = read_config(model)
     check_tensor_parallel(llama, tp)
     Checkpoint(model, llama)
+    sites = [f"layers.{layer}.{kind}" for layer in range(llama.layers) for kind in ("attention", "mlp")]
+    if config is not None and not any(map(config.selects, sites)):
+        raise ConfigError(
+            f"--comm-sites {' '.join(config.sites)} selects none of {sites[0]}, {sites[1]} … {sites[-1]}: give "
+            "other globs"
+        )
     text_file = (
         arguments.text if arguments.text or not (BUNDLED / "sample_text.txt").is_file() else BUNDLED / "sample_text.txt"
     )
@@ -189,7 +197,9 @@ def _sampling(arguments: argparse.Namespace) -> Sampling:
 
     if arguments.temperature == 0 and (arguments.top_k is not None or arguments.top_p is not None):
         raise ConfigError("--temperature 0 is greedy, and --top-k or --top-p would do nothing: leave one of them out")
-    asked = arguments.top_k is not None or arguments.top_p is not None
+    if arguments.temperature is not None and not arguments.temperature >= 0:
+        raise ConfigError(f"--temperature is {arguments.temperature}: give 0 for greedy, or a number above it")
+    asked = bool(arguments.top_k or arguments.top_p)
     temperature = arguments.temperature if arguments.temperature is not None else float(asked)
     common = {"max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}
     if temperature == 0:

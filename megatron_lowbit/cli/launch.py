@@ -11,6 +11,14 @@ from contextlib import contextmanager
 
 from ..errors import ConfigError, RankError
 
+# Ctrl-C reaches the whole process group: the launcher ends the ranks, which need not each dump a traceback.
+RANK = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from megatron_lowbit.__main__ import main
+sys.exit(main())
+"""
+
 
 def world_size() -> int | None:
     """How many ranks the surrounding launcher started; None outside of one."""
@@ -34,7 +42,7 @@ def start_ranks(ranks: int, argv: list[str], debug: bool) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if not debug:
-        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+        logging.disable(logging.CRITICAL)  # of this process, which only waits; the ranks speak for themselves
     threads = max(1, (os.cpu_count() or 1) // ranks)
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     if not debug:
@@ -51,7 +59,7 @@ def start_ranks(ranks: int, argv: list[str], debug: bool) -> int:
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "megatron_lowbit", *argv)
+        elastic_launch(config, sys.executable)("-c", RANK, *argv)
     except SignalException:  # Ctrl-C, or a request to end; the launcher has ended the ranks
         raise KeyboardInterrupt from None
     except ChildFailedError as error:

@@ -18,6 +18,11 @@ KEYS = {
 }
 
 
+def printable(text: str) -> str:
+    """What a model says may hold control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 class Stream:
     """Shows one run's text as it comes."""
 
@@ -30,7 +35,7 @@ class Stream:
 
     def write(self, piece: str) -> None:
         if self._console:
-            self._console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(piece), end="", markup=False, highlight=False, soft_wrap=True)
 
     def end(self, index: int) -> None:
         if self._console:
@@ -73,7 +78,9 @@ class Report:
         table = Table(show_lines=True, expand=True)
         table.add_column("prompt", style="bold", ratio=1)
         table.add_column("exact", ratio=2)
-        table.add_column(f"{self._job.config.spec} (dim: no longer the same)", ratio=2)
+        table.add_column(
+            f"{self._job.config.spec}{' (dim: no longer the same)' if self._console.is_terminal else ''}", ratio=2
+        )
         for prompt, exact, compressed in zip(
             self._job.prompts, results["exact"]["texts"], results["compressed"]["texts"], strict=True
         ):

@@ -35,6 +35,12 @@ def rows_of(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
     return (prod(shape[:-1]), shape[-1]) if len(shape) else (1, 1)
 
 
+def check_shape(shape: torch.Size | tuple[int, ...]) -> None:
+    """Raise ConfigError unless shape is a sequence of sizes."""
+    if not isinstance(shape, tuple | list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ConfigError(f"shape is {shape!r}: pass a tuple of sizes from 0 up, such as x.shape")
+
+
 class Codec(ABC):
     """Base of all codecs. Equal specs are equal codecs."""
 
@@ -60,13 +66,14 @@ class Codec(ABC):
         """
 
     def wire_nbytes(self, shape: torch.Size | tuple[int, ...]) -> int:
-        """Exact length of the wire in bytes, known without the data."""
+        """Exact length of the wire in bytes, known without the data. Raises ConfigError for what is no shape."""
+        check_shape(shape)
         return sum(_aligned(size) for _, size in self.sections(*rows_of(shape)))
 
     def bits_per_value(self, shape: torch.Size | tuple[int, ...]) -> float:
-        """8 * wire_nbytes / numel: scales, zeros and padding included."""
-        numel = prod(shape)
-        return 8 * self.wire_nbytes(shape) / numel if numel else 0.0
+        """8 * wire_nbytes / numel: scales, zeros and padding included; 0 for an empty shape."""
+        nbytes = self.wire_nbytes(shape)
+        return 8 * nbytes / prod(shape) if prod(shape) else 0.0
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., features] bf16, fp16 or fp32 -> wire, uint8 [wire_nbytes(x.shape)], contiguous, on x's device.

@@ -70,6 +70,10 @@ class Engine(Protocol):
         """Continues each prompt. `on_text` is called on rank 0 alone, as text arrives."""
         ...
 
+    def check(self, prompts: Sequence[str], sampling: Sampling) -> None:
+        """Raises `ConfigError` for what `generate` would refuse."""
+        ...
+
     def perplexity(self, text: str, window: int | None = None) -> Perplexity:
         """Perplexity of `text` in consecutive, non-overlapping windows of `window` tokens."""
         ...

@@ -74,6 +74,8 @@ def read_config(folder: str | Path) -> LlamaConfig:
     Raises `ModelError` when the folder or the file is missing, or the model is not a Llama this loader can build.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ModelError(f"model {folder} is a file; give the folder of a Hugging Face model")
     if not folder.is_dir():
         raise ModelError(f"model folder {folder} does not exist; give the path of a downloaded Hugging Face model")
     path = folder / "config.json"

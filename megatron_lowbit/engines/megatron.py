@@ -121,15 +121,18 @@ class MegatronEngine:
         if tp is not None:
             check_tensor_parallel(self.config, tp)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        megatron_cpu.enable()
-        with quiet():
-            self.tp = init_tensor_parallel(tp)
-            self.model = load_llama(folder, dtype, self.device, progress)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(f"{folder} has no tokenizer that Transformers can load ({reason}); add it") from error
+            raise ModelError(
+                f"{folder} has no tokenizer that Transformers can load; add tokenizer.json and tokenizer_config.json"
+            ) from error
+        megatron_cpu.enable()
+        with quiet():
+            from megatron.core.inference.engines import static_engine  # noqa: F401  slow: with the model, not with the text
+
+            self.tp = init_tensor_parallel(tp)
+            self.model = load_llama(folder, dtype, self.device, progress)
         self.dtype = next(self.model.parameters()).dtype
         self.eos = self._end_tokens(folder)
 
@@ -158,7 +161,7 @@ class MegatronEngine:
             return []
         adapter = _Tokenizer(self.tokenizer)
         tokens = [adapter.tokenize(prompt) for prompt in prompts]
-        self._check(prompts, tokens, sampling)
+        self.check(prompts, sampling)
         streams = [TextStream(adapter.detokenize, prompt) for prompt in tokens]
         texts = [""] * len(prompts)
 
@@ -191,10 +194,13 @@ class MegatronEngine:
             show(index, stream.finish())
         return [Generation(*each) for each in zip(prompts, texts, map(tuple, produced))]
 
-    def _check(self, prompts: list[str], tokens: list[list[int]], sampling: Sampling) -> None:
+    def check(self, prompts: Sequence[str], sampling: Sampling) -> None:
+        """Raise `ConfigError` for what `generate` would refuse."""
         if sampling.top_k >= self.config.vocab:
             raise ConfigError(f"top_k is {sampling.top_k}; it must stay below the vocabulary size {self.config.vocab}")
-        for index, (prompt, ids) in enumerate(zip(prompts, tokens)):
+        adapter = _Tokenizer(self.tokenizer)
+        for index, prompt in enumerate(prompts):
+            ids = adapter.tokenize(prompt)
             if not prompt or not ids:
                 raise ConfigError(f"prompt {index} is empty; give at least one character")
             total = len(ids) + sampling.max_new_tokens

@@ -135,7 +135,7 @@ def load_llama(
     parameters = dict(model.named_parameters())
     plan = list(shards(config, checkpoint, rank, tp))
     with torch.no_grad():
-        for name, read in tqdm(plan, desc="loading", unit="tensor", disable=not progress or rank != 0):
+        for name, read in tqdm(plan, desc="loading", unit="tensor", disable=None if progress and rank == 0 else True):
             parameter, part = parameters.pop(name), read()
             parameter[: len(part)].copy_(part)
             parameter[len(part) :].zero_()  # vocabulary padding
