@@ -21,8 +21,9 @@ test: $(INSTALLED)  ## run the tests that take a few minutes in all (PYTEST_ARGS
 test-full: $(INSTALLED)  ## run the slow tests too
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not gpu"
 
-lint: $(INSTALLED)  ## check the code with ruff
+lint: $(INSTALLED)  ## check the code with ruff, and that the tables in the docs are those of the JSON
 	@$(BIN)/ruff check .
+	@$(BIN)/python benchmarks/tables.py --check
 
 bench: $(INSTALLED)  ## measure on this machine, into benchmarks/results/ and the tables of README.md and docs/
 	@$(BIN)/python benchmarks/codecs.py --json benchmarks/results/codecs.json

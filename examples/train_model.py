@@ -185,7 +185,7 @@ def train(
                 model.save_pretrained(args.out)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="plain UTF-8 text to train on")
     parser.add_argument("--held-out", type=Path, help="text the reported perplexity is measured on")
@@ -210,7 +210,11 @@ def main() -> None:
     parser.add_argument("--fp32", action="store_true", help="no bf16 autocast (for CPUs without bf16 instructions)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: needs a C++ compiler")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     args.started = time.perf_counter()
     torch.manual_seed(args.seed)
 
