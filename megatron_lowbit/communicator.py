@@ -34,7 +34,7 @@ class Communicator:
         self.world = dist.get_world_size(group)
         self.scatter, self.gather = make(config.legs.scatter), make(config.legs.gather)
         self._workspace = exchange.Workspace()
-        cuda = "nccl" in str(dist.get_backend(group))
+        cuda = str(dist.get_backend(group)) == "nccl"  # a group of gloo and NCCL serves CPU tensors too
         from . import __version__
 
         facts = {

@@ -36,6 +36,24 @@ def test_calls_allocate_no_new_buffers():
     assert run_ranks(2, _no_growth) == [True, True]
 
 
+def _memory(rank, world):
+    """Growth of this process, in MB, over a thousand calls after the first hundred."""
+
+    def resident() -> float:
+        return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    x = torch.randn(64, 512)
+    for call in range(1100):
+        if call == 100:
+            before = resident()
+        lowbit.all_reduce(x[: 1 + call % 64], "int5:g32/int8:g64", algorithm=("one-shot", "two-step")[call % 2])
+    return resident() - before
+
+
+def test_memory_does_not_grow_with_calls():
+    assert all(growth < 4 for growth in run_ranks(2, _memory))  # one leaked message a call would be 70 MB
+
+
 def _modes(rank, world):
     """A workspace first used in inference mode has to serve outside of it, and the other way round."""
     x, results = torch.randn(8, 64, generator=torch.Generator().manual_seed(rank)), []
