@@ -84,17 +84,27 @@ def compare(facts: dict, group: dist.ProcessGroup, first: bool = False) -> None:
     for rank, key in enumerate(keys):
         try:
             store.wait([key], datetime.timedelta(seconds=max(0.1, deadline - time.monotonic())))
+            everyone.append(json.loads(store.get(key)))
         except RuntimeError as error:
             raise RankError(
                 f"rank {rank} of the group (global rank {ranks[rank]}) did not come to compare settings within "
                 f"{timeout:g} s; this rank has {facts}: call with the same settings on every rank, and look whether "
                 "that rank is alive"
             ) from error
-        everyone.append(json.loads(store.get(key)))
     for other, theirs in enumerate(everyone):
         for key in sorted(everyone[0].keys() | theirs.keys()):
             if everyone[0].get(key) != theirs.get(key):
+                _wait_for_readers(store, keys, me)
                 raise RankError(
                     f"ranks disagree on {key}: rank 0 has {everyone[0].get(key)!r}, rank {other} has "
                     f"{theirs.get(key)!r}; start every rank with the same setting (this is rank {me})"
                 )
+
+
+def _wait_for_readers(store: dist.Store, keys: list[str], me: int) -> None:
+    """Before a rank raises, and perhaps ends with the store in its process, let the others read why."""
+    try:
+        store.set(f"{keys[me]}/read", "")
+        store.wait([f"{key}/read" for key in keys], datetime.timedelta(seconds=5))
+    except RuntimeError:
+        pass  # somebody is gone already: nothing to wait for

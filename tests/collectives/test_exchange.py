@@ -1,6 +1,9 @@
 """The configuration handshake, and buffers that are reused."""
 
 import os
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -136,6 +139,32 @@ def _mismatch(rank, world, kind):
 def test_ranks_that_disagree_all_get_an_error_naming_both_sides(kind, sides):
     for message in run_ranks(3, _mismatch, kind):
         assert message.startswith(f"ranks disagree on {sides}")
+
+
+SCRIPT = """
+import os, torch, torch.distributed as dist, megatron_lowbit as lowbit
+dist.init_process_group("gloo")
+lowbit.all_reduce(torch.zeros(2, 64), ("int4:g32", "int8:g128")[dist.get_rank()], min_bytes=0)
+"""
+
+
+def test_both_sides_are_named_though_the_rank_with_the_store_ends_at_once():
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT], env=environment | {"RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    ]
+    for rank in ranks:
+        _, stderr = rank.communicate(timeout=60)
+        assert rank.returncode == 1 and "rank 0 has 'int4:g32', rank 1 has 'int8:g128'" in stderr, stderr
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _changes_its_mind(rank, world, folder):
