@@ -32,11 +32,12 @@ except ImportError as error:
 # Row-parallel layers that reduce inside other libraries, where this patch cannot reach.
 UNCOVERED = ("TERowParallelLinear", "TERowParallelGroupedLinear", "InferenceRowParallelLinear")
 _SITE_NAMES = {"self_attention": "attention", "cross_attention": "cross_attention", "mlp": "mlp"}
+UNNAMED = "row_parallel"  # the site of layers that were built before a process-wide enable
 _installed: Handle | None = None
 
 
 class Handle:
-    """What `enable` did, and how to undo it. Also a context manager that disables on exit."""
+    """What `enable` did, and how to undo it. As a context manager: disables on exit, raises if nothing was hooked."""
 
     def __init__(self, config: CommConfig) -> None:
         self.config = config
@@ -59,15 +60,17 @@ class Handle:
         """Raise ModelError if nothing has been hooked: a no-op must not pass for compression."""
         if not self.sites:
             raise ModelError(
-                "low-bit communication is enabled, but no row-parallel layer was built under it: enable it before "
-                "the model is built, or pass the model to enable()"
+                "low-bit communication is enabled, but no row-parallel layer was built or run under it: enable it "
+                "before the model is built, or pass the model to enable()"
             )
 
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind: type | None, *exception) -> None:
         self.disable()
+        if kind is None:
+            self.verify()
 
 
 class LowBitRowParallelLinear(RowParallelLinear):
@@ -118,6 +121,10 @@ def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module
     base_forward, base_layer_init = handle._originals
 
     def forward(self, input_):
+        if not hasattr(self, "lowbit_site"):  # built before: hooked all the same, but its layer is not known
+            self.lowbit_site = UNNAMED
+        if self.lowbit_site not in handle.sites:
+            handle.sites.append(self.lowbit_site)
         return _forward(self, input_, config, base_forward)
 
     def layer_init(self, *args, **kwargs):
@@ -145,7 +152,7 @@ def _forward(self: RowParallelLinear, input_: torch.Tensor, config: CommConfig, 
             "sequence parallelism reduce-scatters, which is not available in this version: build the model with "
             "sequence_parallel=False"
         )
-    site = getattr(self, "lowbit_site", "row_parallel")
+    site = self.lowbit_site
     if torch.is_grad_enabled() and (input_.requires_grad or self.weight.requires_grad):
         out = base_forward(self, input_)
         telemetry.record(

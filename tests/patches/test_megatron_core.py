@@ -108,6 +108,12 @@ def _everything(rank, world):
             megatron_core.enable(lowbit.CommConfig())
         except lowbit.ConfigError as error:
             results["twice"] = str(error)
+    lowbit.reset_stats()
+    earlier = _build(world)
+    with megatron_core.enable(lowbit.CommConfig(spec="int6:g32", algorithm="one-shot")):
+        results["built earlier"] = [_logits(earlier), lowbit.stats()]
+    with megatron_core.enable(lowbit.CommConfig(spec="int6:g32", algorithm="one-shot")):
+        _logits(model)  # named under a handle that is gone: leaving must not call it unhooked
     results["classes restored"] = (RowParallelLinear.forward, TransformerLayer.__init__) == original
     lowbit.reset_stats()
     only_mlp = lowbit.CommConfig(spec="int6:g32", algorithm="one-shot", sites=("layers.*.mlp",))
@@ -164,6 +170,13 @@ def test_the_process_wide_route_does_the_same(two_ranks):
         assert rank["twice"] == "already enabled with spec 'int6:g32': call that handle's disable() first"
 
 
+def test_a_model_built_earlier_is_hooked_process_wide_too(two_ranks):
+    for rank in two_ranks:
+        logits, stats = rank["built earlier"]
+        assert torch.equal(logits, rank["logits False int6:g32"][1])
+        assert list(stats) == ["row_parallel"] and stats["row_parallel"]["paths"] == {"one-shot": 2 * LAYERS}
+
+
 def test_unselected_sites_and_training_go_exact_and_are_counted(two_ranks):
     for rank in two_ranks:
         for site, stats in rank["mlp only"].items():
@@ -208,6 +221,12 @@ def _refusals(rank, world):
     model.decoder.layers[1].mlp.linear_fc2 = original
     original.sequence_parallel = True
     refused(lambda: megatron_core.enable(config, model))
+
+    def hook_nothing():
+        with megatron_core.enable(config):
+            pass
+
+    refused(hook_nothing)
     with megatron_core.enable(config) as handle:
         refused(handle.verify)
         with torch.no_grad():
@@ -225,7 +244,8 @@ def test_what_is_not_covered_is_a_loud_error():
         "is a TERowParallelLinear, whose reduce is not covered in this version: build the model with the local",
         "RowParallelLinear",
         "sequence_parallel=False",
-        "no row-parallel layer was built under it",
+        "no row-parallel layer was built or run under it",
+        "no row-parallel layer was built or run under it",
         "sequence parallelism reduce-scatters, which is not available in this version",
         "mlp.linear_fc2 is a TERowParallelLinear, whose reduce is not covered",
     ]
