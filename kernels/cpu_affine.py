@@ -4,10 +4,8 @@ Everything happens in blocks of 32 values held in registers (cpu_simd.py). Encod
 extremes of each, then scales and zeros of all 32 at once, one group a lane, then the codes, packed block by block.
 Extremes are taken on the ordered integer form of the floats, where NaN and Inf end up at the ends and one comparison
 finds them. Reducing keeps a block of sums in registers over all wires, so nothing but the wires is read and nothing but
-the result is written. A row's last, shorter block goes through a scratch block, which the caller owns: numba frees an
-array of its own after its last mention, and an address is no mention.
-
-fp32 and bf16 are read and written as they are; fp16 goes through a converted copy.
+the result is written. Scratch memory belongs to the caller: numba frees an array of its own after its last mention, and
+an address is no mention.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 
 from . import cpu_simd as simd
+from .cpu_planes import fill_tail, load, load_codes, plane_addresses, readable, store_codes, store_values
 from .cpu_simd import inline, jit
 
 if TYPE_CHECKING:
@@ -58,53 +57,11 @@ def _parameters(lowest, highest, bits, sym):
     return scale, zero if sym else simd.choose(finite, zero, simd.splat(_NAN))
 
 
-@inline
-def _load(address, bf16):
-    return simd.load_bf16(address) if bf16 else simd.load_fp32(address)
-
-
-@inline
-def _copy(source, target, nbytes):
-    for j in range(nbytes):
-        simd.store_byte(target + j, simd.load_byte(source + j))
-
-
-@inline
-def _tail_planes(codes, n, at, planes, bits, store):
-    """A block of n < 32 codes (memory of int32; n a multiple of 8) to its planes or from them.
-
-    at: the block's first value, counted in padded values; planes: addresses of the planes of 8, 4, 2 and 1 bits.
-    """
-    for p in range(4):
-        width = 8 >> p
-        if bits & width:
-            address, size = planes[p] + at * width // 8, n * width // 8
-            shift, mask = np.int32(bits & (16 - 2 * width)), np.int32((1 << width) - 1)
-            for j in range(size):
-                byte = np.int32(0) if store else simd.load_byte(address + j)
-                for k in range(8 // width):
-                    code, place = codes + 4 * (j + k * size), np.int32(k * width)
-                    if store:
-                        byte |= ((simd.load_byte(code) >> shift) & mask) << place
-                    else:
-                        simd.store_byte(code, simd.load_byte(code) | (((byte >> place) & mask) << shift))
-                if store:
-                    simd.store_byte(address + j, byte)
-
-
-@inline
-def _fill_tail(source, n, itemsize, scratch):
-    """A block of n < 32 values, filled up by repeating them, which leaves the extremes alone."""
-    for j in range(32):
-        _copy(source + (j % n) * itemsize, scratch + j * itemsize, itemsize)
-
-
 @jit
-def _encode(x, bf16, rows, features, p8, p4, p2, p1, scales, zeros, bits, group, sym, scratch):
+def _encode(x, bf16, rows, features, planes, scales, zeros, bits, group, sym, scratch):
     itemsize = 2 if bf16 else 4
     top = np.int32((1 << bits) - 1)
     half = np.int32(1 << (bits - 1)) if sym else np.int32(0)
-    below2, below1 = np.int32(bits & 4), np.int32(bits & 6)
     padded = (features + 7) // 8 * 8
     groups = rows * ((features + group - 1) // group)
     lows, highs = scratch + 128, scratch + 256  # then, of the same 32 groups:
@@ -119,11 +76,11 @@ def _encode(x, bf16, rows, features, p8, p4, p2, p1, scales, zeros, bits, group,
             tail, blocks = (stop - start) % 32, (stop - start) // 32
             source = x + (row * features + start) * itemsize
             if tail:
-                _fill_tail(source + blocks * 32 * itemsize, tail, itemsize, scratch)
-            lowest = simd.ordered(_load(scratch if tail else source, bf16))
+                fill_tail(source + blocks * 32 * itemsize, tail, itemsize, scratch)
+            lowest = simd.ordered(load(scratch if tail else source, bf16))
             highest = lowest
             for block in range(0 if tail else 1, blocks):
-                values = simd.ordered(_load(source + block * 32 * itemsize, bf16))
+                values = simd.ordered(load(source + block * 32 * itemsize, bf16))
                 lowest = simd.minimum(lowest, values)
                 highest = simd.maximum(highest, values)
             simd.store_word(lows + 4 * k, simd.smallest(lowest))
@@ -151,28 +108,14 @@ def _encode(x, bf16, rows, features, p8, p4, p2, p1, scales, zeros, bits, group,
             at = row * padded + start
             for block in range(blocks + (1 if tail else 0)):
                 if block == blocks:
-                    _fill_tail(source + blocks * 32 * itemsize, tail, itemsize, scratch)
+                    fill_tail(source + blocks * 32 * itemsize, tail, itemsize, scratch)
                 codes = simd.splat(np.int32(0))
                 if scale != _NAN:
-                    values = _load(source + block * 32 * itemsize if block < blocks else scratch, bf16)
+                    values = load(source + block * 32 * itemsize if block < blocks else scratch, bf16)
                     rounded = simd.fadd(simd.fmul(simd.fsub(values, offset), inverse), _MAGIC)
                     codes = simd.minimum(simd.add(simd.sub(rounded, _MAGIC_BITS), half), top)
-                if block < blocks:
-                    if bits & 8:
-                        simd.store_plane(p8 + at, codes, 8, np.int32(0))
-                    if bits & 4:
-                        simd.store_plane(p4 + at // 2, codes, 4, np.int32(0))
-                    if bits & 2:
-                        simd.store_plane(p2 + at // 4, codes, 2, below2)
-                    if bits & 1:
-                        simd.store_plane(p1 + at // 8, codes, 1, below1)
-                    at += 32
-                else:
-                    simd.store_fp32(scratch, codes)
-                    n = (tail + 7) // 8 * 8
-                    for j in range(tail, n):
-                        simd.store_byte(scratch + 4 * j, np.int32(0))
-                    _tail_planes(scratch, n, at, (p8, p4, p2, p1), bits, True)
+                store_codes(codes, 32 if block < blocks else tail, at, planes, bits, scratch)
+                at += 32
             start = stop
             if start == features:
                 row, start = row + 1, 0
@@ -180,10 +123,9 @@ def _encode(x, bf16, rows, features, p8, p4, p2, p1, scales, zeros, bits, group,
 
 
 @jit
-def _reduce(wires, stride, p8, p4, p2, p1, scales, zeros, bits, group, sym, out, bf16, rows, features, scratch):
+def _reduce(wires, stride, planes, scales, zeros, bits, group, sym, out, bf16, rows, features, scratch):
     itemsize = 2 if bf16 else 4
     half = np.int32(1 << (bits - 1)) if sym else np.int32(0)
-    below2, below1 = np.int32(bits & 4), np.int32(bits & 6)
     groups = (features + group - 1) // group
     padded = (features + 7) // 8 * 8
     for row in range(rows):
@@ -193,49 +135,25 @@ def _reduce(wires, stride, p8, p4, p2, p1, scales, zeros, bits, group, sym, out,
             total = simd.splat(np.int32(0))
             for wire in range(wires):
                 skip = wire * stride
-                at = row * padded + start
-                codes = simd.splat(np.int32(0))
-                if n == 32:
-                    if bits & 8:
-                        codes = simd.load_plane(p8 + skip + at, 8, np.int32(0))
-                    if bits & 4:
-                        codes = simd.load_plane(p4 + skip + at // 2, 4, np.int32(0))
-                    if bits & 2:
-                        codes = simd.or_(codes, simd.load_plane(p2 + skip + at // 4, 2, below2))
-                    if bits & 1:
-                        codes = simd.or_(codes, simd.load_plane(p1 + skip + at // 8, 1, below1))
-                else:
-                    n8 = (n + 7) // 8 * 8
-                    simd.store_fp32(scratch, codes)
-                    _tail_planes(scratch, n8, at, (p8 + skip, p4 + skip, p2 + skip, p1 + skip), bits, False)
-                    codes = simd.load_fp32(scratch)
+                codes = load_codes(n, row * padded + start, planes, wire * stride, bits, scratch)
                 scale = _bf16_value(simd.load_half(scales + skip + parameter))
                 values = simd.fmul(simd.to_float(simd.sub(codes, half)), scale)
                 if not sym:
                     values = simd.fadd(values, _bf16_value(simd.load_half(zeros + skip + parameter)))
                 total = values if wire == 0 else simd.fadd(total, values)
             target = out + (row * features + start) * itemsize
-            place = target if n == 32 else scratch
-            if bf16:
-                simd.store_bf16(place, total)
-            else:
-                simd.store_fp32(place, total)
-            if n < 32:
-                _copy(scratch, target, n * itemsize)
+            store_values(total, target, n, bf16, scratch)
 
 
-def _addresses(codec: Affine, wire: torch.Tensor, rows: int, features: int) -> list[int]:
-    """Of p8, p4, p2, p1, scales, zeros in one wire; 0 for an absent section."""
+def _addresses(codec: Affine, wire: torch.Tensor, rows: int, features: int) -> list:
+    """Of the planes, the scales and the zeros in one wire; 0 for an absent section."""
     views = codec.split(wire, rows, features)
-    return [
-        views[name].data_ptr() if name in views else 0
-        for name in ("plane8", "plane4", "plane2", "plane1", "scales", "zeros")
-    ]
+    return [plane_addresses(views), *(views[name].data_ptr() if name in views else 0 for name in ("scales", "zeros"))]
 
 
 def encode_rows(codec: Affine, x: torch.Tensor, wire: torch.Tensor) -> None:
     """x [rows, features] contiguous -> wire, as `Codec.encode_rows`."""
-    values, scratch = x.float() if x.dtype == torch.float16 else x, torch.zeros(4 * 32, dtype=torch.int32)
+    values, scratch = readable(x), torch.zeros(4 * 32, dtype=torch.int32)
     _encode(
         values.data_ptr(),
         values.dtype == torch.bfloat16,

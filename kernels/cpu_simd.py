@@ -21,15 +21,15 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
 LANES = 32
-_SOURCE = Path(__file__).read_bytes()
+_SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("cpu_*.py"))))
 
 
 def jit(function):
-    """Compile for reuse across runs, until the function's file or this one changes."""
+    """Compile for reuse across runs, until one of the kernels' files changes."""
     dispatcher = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     # numba looks at the function's own file only, and would go on running what was compiled from an older cpu_simd.py.
     file = dispatcher._cache._cache_file
-    file._source_stamp = (file._source_stamp, hashlib.sha256(_SOURCE).hexdigest())
+    file._source_stamp = (file._source_stamp, _SOURCES.hexdigest())
     return dispatcher
 
 

@@ -36,7 +36,7 @@ def all_reduce(partials: Sequence[torch.Tensor], spec: str, algorithm: str = "tw
 
 
 def _one_shot(partials, codec):
-    wires = torch.stack([codec.encode(x) for x in partials])
+    wires = torch.stack([codec.sent_by(rank).encode(x) for rank, x in enumerate(partials)])
     out = torch.empty_like(partials[0])
     codec.reduce_rows(wires, out.view(rows_of(out.shape)))
     return out
@@ -48,7 +48,7 @@ def _two_step(partials, scatter, gather):
     slot = max(shards.wire_nbytes(gather))
     gathered = x.new_empty((world, slot), dtype=torch.uint8)
     for rank in range(world):
-        wires = torch.stack([scatter.encode(shards.of(partial, rank)) for partial in partials])
+        wires = torch.stack([scatter.sent_by(peer).encode(shards.of(x, rank)) for peer, x in enumerate(partials)])
         reduce_shard(wires, shards.shape(rank), scatter, gather, gathered[rank], workspace)
     out = torch.empty_like(x)
     decode_shards(gathered, shards, gather, out)

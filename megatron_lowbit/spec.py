@@ -4,7 +4,7 @@
     LEG    := NAME ( ":" OPTION )*
     OPTION := g32 | g64 | g128 | g256 | sym | spike | outliers=FRACTION
 
-The whole grammar is parsed here, so that a codec this version does not have is refused by name and never ignored.
+Which options a codec takes, and what it does without them, is the table `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -18,27 +18,64 @@ from .errors import ConfigError
 
 PASSTHROUGH = ("bf16", "fp16", "fp32")
 INTEGERS = tuple(f"int{b}" for b in range(2, 9))
-PLANNED = (*(f"gauss{b}" for b in range(2, 7)), "selective4", "fp8", "mxfp8", "mxfp6", "mxfp4", "nvfp4")
+GAUSS = tuple(f"gauss{b}" for b in range(2, 7))
+SELECTIVE = ("selective4",)
+FLOATS = ("fp8",)
+MICROSCALING = ("mxfp8", "mxfp6", "mxfp4", "nvfp4")
 GROUPS = (32, 64, 128, 256)
-DEFAULT_GROUP = 32
 _EXAMPLES = "for example 'int4:g32' or 'int4:g32/int8:g128'"
 
 
 @dataclass(frozen=True)
+class Family:
+    """Names that share their options. group: values per scale by default, 0 where that is no choice."""
+
+    names: tuple[str, ...]
+    group: int
+    flags: tuple[str, ...] = ()
+    outliers: Fraction | bool | None = None  # False: never; a fraction: by default
+
+
+FAMILIES = (
+    Family(PASSTHROUGH, 0, outliers=False),
+    Family(INTEGERS, 32, ("sym", "spike")),
+    Family(GAUSS, 128),
+    Family(SELECTIVE, 0, outliers=Fraction(1, 64)),
+    Family(FLOATS, 128),
+    Family(MICROSCALING, 0),
+)
+NAMES = tuple(name for family in FAMILIES for name in family.names)
+
+
+@dataclass(frozen=True)
 class Leg:
-    """One hop's codec. `group` is the number of values that share a scale (0 for passthrough)."""
+    """One hop's codec. group: values that share a scale (0: not a choice); outliers: fraction of features in bf16."""
 
     name: str
     group: int = 0
     sym: bool = False
+    spike: bool = False
+    outliers: Fraction | None = None
 
     @property
     def bits(self) -> int:
-        """Bits of one code, without scales and zeros."""
-        return int(self.name[-1]) if self.name in INTEGERS else int(self.name[2:])
+        """Bits of one code, without scales and the like."""
+        return int(re.search(r"\d+$", self.name)[0])
+
+    @property
+    def family(self) -> Family:
+        return next(family for family in FAMILIES if self.name in family.names)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether this codec needs to know a site's statistics."""
+        return self.outliers is not None
 
     def __str__(self) -> str:
-        return self.name + (f":g{self.group}" if self.group else "") + (":sym" if self.sym else "")
+        options = [f"g{self.group}"] if self.group else []
+        options += [flag for flag in self.family.flags if getattr(self, flag)]
+        options += [] if self.outliers == (self.family.outliers or None) else [f"outliers={self.outliers}"]
+        return ":".join([self.name, *options])
 
 
 @dataclass(frozen=True)
@@ -47,6 +84,10 @@ class Spec:
 
     scatter: Leg
     gather: Leg
+
+    @property
+    def calibrated(self) -> bool:
+        return self.scatter.calibrated or self.gather.calibrated
 
     def __str__(self) -> str:
         return str(self.scatter) if self.scatter == self.gather else f"{self.scatter}/{self.gather}"
@@ -83,28 +124,28 @@ def _split(text: str) -> list[str]:
 def _parse_leg(text: str, spec: str) -> Leg:
     name, *options = text.strip().split(":")
     where = f"in spec {spec!r}"
-    if name not in PASSTHROUGH + INTEGERS + PLANNED:
-        raise ConfigError(f"unknown codec {name!r} {where}: use one of {', '.join(PASSTHROUGH + INTEGERS)}")
-    if name in PLANNED:
-        raise ConfigError(
-            f"codec {name!r} {where} is not available in this version: use one of {', '.join(PASSTHROUGH + INTEGERS)}"
-        )
+    if name not in NAMES:
+        raise ConfigError(f"unknown codec {name!r} {where}: use one of {', '.join(NAMES)}")
+    family = next(family for family in FAMILIES if name in family.names)
     seen: dict[str, str] = {}
     for option in options:
         kind = _option_kind(option, where)
         if kind in seen:
             raise ConfigError(f"option {option!r} {where} repeats {seen[kind]!r}: give it once")
         seen[kind] = option
-    for kind in ("spike", "outliers"):
-        if kind in seen:
-            raise ConfigError(f"option {seen[kind]!r} {where} is not available in this version: leave it out")
-    if name in PASSTHROUGH:
-        if seen:
-            raise ConfigError(
-                f"{name!r} {where} is passthrough and takes no options: leave out {', '.join(seen.values())}"
-            )
-        return Leg(name)
-    return Leg(name, int(seen["group"][1:]) if "group" in seen else DEFAULT_GROUP, "sym" in seen)
+    allowed = {"group": ", ".join(f"g{g}" for g in GROUPS)} if family.group else {}
+    allowed |= {flag: flag for flag in family.flags}
+    allowed |= {} if family.outliers is False else {"outliers": "outliers=FRACTION"}
+    for kind, option in seen.items():
+        if kind not in allowed:
+            takes = f"takes {', '.join(allowed.values())}" if allowed else "is passthrough and takes no options"
+            raise ConfigError(f"option {option!r} {where}: {name!r} {takes}; leave it out")
+    return Leg(
+        name,
+        group=int(seen["group"][1:]) if "group" in seen else family.group,
+        outliers=_fraction(seen["outliers"]) if "outliers" in seen else family.outliers or None,
+        **{flag: True for flag in family.flags if flag in seen},
+    )
 
 
 def _option_kind(option: str, where: str) -> str:
@@ -112,14 +153,19 @@ def _option_kind(option: str, where: str) -> str:
         if int(option[1:]) not in GROUPS:
             raise ConfigError(f"group size {option!r} {where}: use one of {', '.join(f'g{g}' for g in GROUPS)}")
         return "group"
-    if option in ("sym", "spike"):
+    if any(option in family.flags for family in FAMILIES):
         return option
     if option.startswith("outliers="):
-        try:
-            fraction = Fraction(option.removeprefix("outliers="))
-        except (ValueError, ZeroDivisionError):
-            fraction = Fraction(0)
-        if not 0 < fraction <= 1:
+        if not 0 < (_fraction(option) or 0) <= 1:
             raise ConfigError(f"option {option!r} {where}: give a fraction above 0 and up to 1, such as outliers=1/64")
         return "outliers"
-    raise ConfigError(f"unknown option {option!r} {where}: use g32, g64, g128, g256 or sym")
+    raise ConfigError(
+        f"unknown option {option!r} {where}: use g32, g64, g128, g256, sym, spike or outliers=1/64, as the codec allows"
+    )
+
+
+def _fraction(option: str) -> Fraction | None:
+    text = option.removeprefix("outliers=")
+    if not re.fullmatch(r"\d{1,9}(/0*[1-9]\d{0,8})?|\d?\.\d{1,9}", text):  # no 1e999999999, which takes for ever
+        return None
+    return Fraction(text)

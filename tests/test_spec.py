@@ -7,15 +7,24 @@ from hypothesis import strategies as st
 import megatron_lowbit as lowbit
 from megatron_lowbit import spec
 
-legs = st.one_of(
-    st.sampled_from(spec.PASSTHROUGH),
-    st.builds(
+OPTIONS = ["g32", "g64", "g128", "g256", "sym", "spike", "outliers=1/64", "outliers=1/8"]
+
+
+def allowed(family: spec.Family) -> list[str]:
+    options = OPTIONS[:4] if family.group else []
+    return [*options, *family.flags, *([] if family.outliers is False else OPTIONS[6:])]
+
+
+def kind(option: str) -> str:
+    return option.split("=")[0].rstrip("0123456789")
+
+
+legs = st.sampled_from(spec.FAMILIES).flatmap(
+    lambda family: st.builds(
         lambda name, options: ":".join([name, *options]),
-        st.sampled_from(spec.INTEGERS),
-        st.tuples(st.sampled_from(["g32", "g64", "g128", "g256"]), st.just("sym")).flatmap(
-            lambda both: st.lists(st.sampled_from(both), unique=True)
-        ),
-    ),
+        st.sampled_from(family.names),
+        st.lists(st.sampled_from(allowed(family)), unique_by=kind) if allowed(family) else st.just([]),
+    )
 )
 
 
@@ -31,6 +40,11 @@ def test_defaults_and_spelling():
     assert str(spec.parse("int4")) == "int4:g32"
     assert str(spec.parse(" int4:sym:g64 / bf16 ")) == "int4:g64:sym/bf16"
     assert str(spec.parse("int8:g128/int8:g128")) == "int8:g128"
+    assert str(spec.parse("gauss4/fp8")) == "gauss4:g128/fp8:g128"
+    assert str(spec.parse("int4:outliers=0.125:spike")) == "int4:g32:spike:outliers=1/8"
+    assert str(spec.parse("int4:outliers=1/64/int8")) == "int4:g32:outliers=1/64/int8:g32"
+    assert str(spec.parse("selective4:outliers=1/64")) == "selective4"
+    assert spec.parse("selective4").calibrated and not spec.parse("mxfp4").calibrated
 
 
 @pytest.mark.parametrize(
@@ -48,6 +62,11 @@ def test_defaults_and_spelling():
         ("int4/", "unknown codec ''"),
         ("int4:outliers=2", "fraction above 0"),
         ("int4:outliers=1/0", "fraction above 0"),
+        ("int4:outliers=0", "fraction above 0"),
+        ("int4:outliers=1e999999999", "fraction above 0"),
+        ("gauss7", "gauss2, gauss3"),
+        ("mxfp4:g32", "'mxfp4' takes outliers=FRACTION; leave it out"),
+        ("gauss4:sym", "'gauss4' takes g32, g64, g128, g256, outliers=FRACTION; leave it out"),
         (4, "a spec is a string, not int"),
         (["int4"], "a spec is a string, not list"),
         ("int4:g032", "unknown option"),
@@ -58,10 +77,16 @@ def test_wrong_specs_say_what_is_allowed(text, message):
         spec.parse(text)
 
 
-@pytest.mark.parametrize("text", [*spec.PLANNED, "int4:spike", "int4:outliers=1/64", "int4/gauss4:g128", "mxfp4:g32"])
-def test_codecs_of_later_versions_are_refused_by_name(text):
-    with pytest.raises(lowbit.LowBitError, match="not available in this version"):
-        spec.parse(text)
+@pytest.mark.parametrize("family", spec.FAMILIES, ids=lambda family: family.names[0])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_is_taken_or_refused_never_ignored(family, option):
+    text = f"{family.names[-1]}:{option}"
+    if option in allowed(family):
+        assert str(spec.parse(f"{text}")) == str(spec.parse(str(spec.parse(text))))
+        assert option in str(spec.parse(text)) or option in ("g32", "g128", "outliers=1/64")
+    else:
+        with pytest.raises(lowbit.ConfigError, match="leave it out"):
+            spec.parse(text)
 
 
 def test_a_codec_has_one_leg():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ..spec import PASSTHROUGH, Leg, parse_leg
+from ..errors import ConfigError
+from ..spec import INTEGERS, PASSTHROUGH, Leg, parse_leg
 from .affine import Affine
 from .base import Codec
 from .passthrough import Passthrough
@@ -20,4 +21,8 @@ def codec(spec: str) -> Codec:
 @lru_cache(maxsize=256)
 def make(leg: Leg) -> Codec:
     """The codec of a parsed leg."""
-    return Passthrough(leg) if leg.name in PASSTHROUGH else Affine(leg)
+    if leg.name in PASSTHROUGH:
+        return Passthrough(leg)
+    if leg.name in INTEGERS and not leg.spike and not leg.outliers:
+        return Affine(leg)
+    raise ConfigError(f"codec {str(leg)!r} is not available in this version")

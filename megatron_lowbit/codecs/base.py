@@ -2,11 +2,15 @@
 
 Subclasses define three things: `granularity`, the sections of the wire, and the arithmetic on rows. A *row* is a run of
 values along the last dimension that no quantization group crosses.
+
+A codec may start with a linear *transform* of the rows and end by undoing it. As it commutes with sums, two legs that
+share a transform stay in its domain in between: there they use each other's `inner`, which has the same wire.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from math import prod
 
 import torch
@@ -45,6 +49,16 @@ class Codec(ABC):
     """Base of all codecs. Equal specs are equal codecs."""
 
     spec: str
+    transform: Hashable = None  # equal for codecs whose inner ones work on the same domain; None: the values' own
+
+    @property
+    def inner(self) -> Codec:
+        """This codec without its transform: encodes transformed rows, and leaves the sum transformed."""
+        return self
+
+    def sent_by(self, rank: int) -> Codec:
+        """This codec as `rank` uses it; another one only if the ranks' codecs differ."""
+        return self
 
     @abstractmethod
     def granularity(self, features: int) -> int:
@@ -63,6 +77,7 @@ class Codec(ABC):
         """wires uint8 [n, at least wire_nbytes(out.shape)] -> out [rows, features], written in place.
 
         out = decode(wires[0]) + decode(wires[1]) + ..., in that order, in fp32, rounded once to out's dtype.
+        Several wires are those of ranks 0, 1, ...; a single one is that of the rank whose codec this is.
         """
 
     def wire_nbytes(self, shape: torch.Size | tuple[int, ...]) -> int:

@@ -61,6 +61,8 @@ def reduce_shard(
     """The middle of two-step: wires uint8 [ranks, bytes] of one shard -> its sum's wire, at the start of `out`."""
     size = gather.wire_nbytes(shape)
     if size:
+        if scatter.transform == gather.transform:  # a transform that both legs share stays on in between
+            scatter, gather = scatter.inner, gather.inner
         total = workspace.floats("sum", shape, out.device)
         scatter.reduce_rows(wires, total)
         gather.encode_rows(total, out[:size])
@@ -71,7 +73,7 @@ def decode_shards(wires: torch.Tensor, shards: Shards, gather: Codec, out: torch
     """The end of two-step: wires uint8 [ranks, slot], each holding its rank's shard -> out, of the message's shape."""
     for peer, size in enumerate(shards.wire_nbytes(gather)):
         if size:
-            gather.reduce_rows(wires[peer : peer + 1, :size], shards.of(out, peer))
+            gather.sent_by(peer).reduce_rows(wires[peer : peer + 1, :size], shards.of(out, peer))
 
 
 def exact(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

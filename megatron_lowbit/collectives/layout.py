@@ -29,14 +29,17 @@ class Shards:
         return [codec.wire_nbytes(self.shape(rank)) for rank in range(len(self.bounds) - 1)]
 
 
-@lru_cache(maxsize=4096)
 def shard(shape: torch.Size, codecs: tuple[Codec, ...], world: int) -> Shards:
     """Cut as finely as the codecs' granularity allows, so that one token already spreads over all ranks.
 
     Where a row is not a whole number of groups it stays whole. Shards differ by at most one row.
     """
     rows, features = rows_of(shape)
-    unit = max(codec.granularity(features) for codec in codecs)
+    return _shard(rows, features, max(codec.granularity(features) for codec in codecs), world)
+
+
+@lru_cache(maxsize=4096)
+def _shard(rows: int, features: int, unit: int, world: int) -> Shards:
     if features % unit == 0:
         rows, features = rows * features // unit, unit
     return Shards(rows, features, tuple(rows * rank // world for rank in range(world + 1)))

@@ -1,4 +1,6 @@
-"""What was compiled from an older cpu_simd.py must not be run again; what is current must not be compiled again."""
+"""Code compiled from older files of the kernels must not run again; what is current must not be compiled again."""
+
+import hashlib
 
 from megatron_lowbit.kernels import cpu_affine, cpu_simd
 
@@ -7,11 +9,11 @@ def stamp(function):
     return cpu_simd.jit(function)._cache._cache_file._source_stamp
 
 
-def test_the_cache_depends_on_the_shared_file(monkeypatch):
+def test_the_cache_depends_on_the_shared_files(monkeypatch):
     function = cpu_affine._encode.py_func
     assert stamp(function) == stamp(function)
     before = stamp(function)
-    monkeypatch.setattr(cpu_simd, "_SOURCE", b"another text")
+    monkeypatch.setattr(cpu_simd, "_SOURCES", hashlib.sha256(b"another text"))
     assert stamp(function) != before
 
 
