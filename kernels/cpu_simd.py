@@ -191,6 +191,7 @@ fdiv = _elementwise(True, lambda builder, a, b: builder.fdiv(a, b))
 add = _elementwise(False, lambda builder, a, b: builder.add(a, b))
 sub = _elementwise(False, lambda builder, a, b: builder.sub(a, b))
 or_ = _elementwise(False, lambda builder, a, b: builder.or_(a, b))
+xor = _elementwise(False, lambda builder, a, b: builder.xor(a, b))
 shift_left = _elementwise(False, lambda builder, a, b: builder.shl(a, b))
 shift_right = _elementwise(False, lambda builder, a, b: builder.ashr(a, b))
 and_ = _elementwise(False, lambda builder, a, b: builder.and_(a, b))
@@ -232,6 +233,7 @@ smallest, largest = _reduction("smin"), _reduction("smax")  # over the lanes, as
 splat = _unary(Vector, types.int32, _splat)
 to_float = _unary(Vector, Vector, lambda builder, value: builder.bitcast(builder.sitofp(value, _floats), _ints))
 round_bf16 = _unary(Vector, Vector, _round_to_bf16)  # fp32 bits -> bf16 bits in the low half
+swap_halves = _unary(Vector, Vector, lambda builder, value: _shuffle(builder, value, [*range(16, 32), *range(16)]))
 as_float = _unary(types.float32, types.int32, lambda builder, value: builder.bitcast(value, _f32))
 as_int = _unary(types.int32, types.float32, lambda builder, value: builder.bitcast(value, _i32))
 
@@ -248,3 +250,71 @@ def ordered(context, bits):
 
     kind = Vector if bits == Vector else types.int32
     return kind(kind), generate
+
+
+def _butterfly(builder, value):
+    """Hadamard transform of the 32 lanes: lanes at distance 1, 2, 4, 8, 16 become their sum and difference."""
+    for distance in (1, 2, 4, 8, 16):
+        signs = _constants(-(2**31) if lane & distance else 0 for lane in range(LANES))
+        partner = builder.bitcast(_shuffle(builder, value, [lane ^ distance for lane in range(LANES)]), _floats)
+        value = builder.bitcast(builder.fadd(partner, builder.bitcast(builder.xor(value, signs), _floats)), _ints)
+    return value
+
+
+def _fold(builder, value):
+    """Sum of the lanes as fp32: the upper half added to the lower one, and so on."""
+    value, lanes = builder.bitcast(value, _floats), LANES
+    while lanes > 1:
+        lanes //= 2
+        low, high = _shuffle(builder, value, range(lanes)), _shuffle(builder, value, range(lanes, 2 * lanes))
+        value = builder.fadd(low, high)
+    return builder.extract_element(value, ir.Constant(_i32, 0))
+
+
+def _is_odd(builder, value):
+    """Bit i of the result: whether lane i is odd."""
+    return builder.bitcast(builder.trunc(value, ir.VectorType(ir.IntType(1), LANES)), _i32)
+
+
+def _canonical(builder, value):
+    """fp32 bits with every NaN the same."""
+    floats = builder.bitcast(value, _floats)
+    return builder.select(builder.fcmp_unordered("uno", floats, floats), _splat(builder, 0x7FC00000), value)
+
+
+canonical = _unary(Vector, Vector, _canonical)
+butterfly = _unary(Vector, Vector, _butterfly)
+fold = _unary(types.float32, Vector, _fold)
+is_odd = _unary(types.int32, Vector, _is_odd)
+
+
+@intrinsic
+def lanes(context):
+    """The numbers 0 to 31."""
+    return Vector(), lambda context, builder, signature, arguments: _constants(range(LANES))
+
+
+@intrinsic
+def lookup(context, address, indices):
+    """32 words at address + 4 * index, without any check."""
+
+    def generate(context, builder, signature, arguments):
+        i64 = ir.IntType(64)
+        wide = ir.VectorType(i64, LANES)
+        base = _shuffle(
+            builder,
+            builder.insert_element(ir.Constant(wide, ir.Undefined), arguments[0], ir.Constant(_i32, 0)),
+            [0] * LANES,
+        )
+        offsets = builder.shl(builder.zext(arguments[1], wide), ir.Constant(wide, [2] * LANES))
+        pointers = builder.inttoptr(builder.add(base, offsets), ir.VectorType(_i32.as_pointer(), LANES))
+        mask = ir.VectorType(ir.IntType(1), LANES)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(_ints, [pointers.type, _i32, mask, _ints]),
+            f"llvm.masked.gather.v{LANES}i32.v{LANES}p0",
+        )
+        everywhere = ir.Constant(mask, [1] * LANES)
+        return builder.call(function, [pointers, ir.Constant(_i32, 4), everywhere, ir.Constant(_ints, ir.Undefined)])
+
+    return Vector(types.int64, Vector), generate

@@ -18,7 +18,7 @@ from .errors import ConfigError
 
 PASSTHROUGH = ("bf16", "fp16", "fp32")
 INTEGERS = tuple(f"int{b}" for b in range(2, 9))
-GAUSS = tuple(f"gauss{b}" for b in range(2, 7))
+GAUSS = tuple(f"gauss{b}" for b in range(2, 8))
 SELECTIVE = ("selective4",)
 FLOATS = ("fp8",)
 MICROSCALING = ("mxfp8", "mxfp6", "mxfp4", "nvfp4")

@@ -64,7 +64,7 @@ def test_defaults_and_spelling():
         ("int4:outliers=1/0", "fraction above 0"),
         ("int4:outliers=0", "fraction above 0"),
         ("int4:outliers=1e999999999", "fraction above 0"),
-        ("gauss7", "gauss2, gauss3"),
+        ("gauss8", "gauss2, gauss3"),
         ("mxfp4:g32", "'mxfp4' takes outliers=FRACTION; leave it out"),
         ("gauss4:sym", "'gauss4' takes g32, g64, g128, g256, outliers=FRACTION; leave it out"),
         (4, "a spec is a string, not int"),

@@ -1,0 +1,76 @@
+"""Compute the Lloyd-Max codebooks of the unit Gaussian and write them to megatron_lowbit/codecs/lloyd_max.py.
+
+A level is the mean of the Gaussian over its cell, a cell's ends are midway between levels; iterated in fp64 to the
+fixed point (Max, "Quantizing for Minimum Distortion", 1960; Lloyd, "Least Squares Quantization in PCM", 1982).
+
+    python benchmarks/lloyd_max.py            # print the distortions
+    python benchmarks/lloyd_max.py --write    # and write the file
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+TARGET = Path(__file__).resolve().parents[1] / "megatron_lowbit" / "codecs" / "lloyd_max.py"
+BITS = range(2, 8)
+HEADER = '''"""Lloyd-Max codebooks of the unit Gaussian: the positive levels, ascending, for 2**bits levels in all.
+
+Written by benchmarks/lloyd_max.py; distortions {distortions} dB.
+"""
+
+from __future__ import annotations
+
+LEVELS: dict[int, tuple[float, ...]] = {{
+'''
+
+
+def density(t: torch.Tensor) -> torch.Tensor:
+    return torch.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+
+
+def tail(t: torch.Tensor) -> torch.Tensor:
+    """Probability above t; accurate far out."""
+    return torch.erfc(t / math.sqrt(2)) / 2
+
+
+def lloyd_max(bits: int) -> tuple[torch.Tensor, float]:
+    """Positive levels of the best 2**bits levels, fp64, and the distortion in dB."""
+    levels = torch.linspace(0.1, 1.0 + 0.6 * bits, 2 ** (bits - 1), dtype=torch.float64)
+    while True:
+        ends = torch.cat([levels.new_zeros(1), (levels[1:] + levels[:-1]) / 2, levels.new_full((1,), math.inf)])
+        mass = tail(ends[:-1]) - tail(ends[1:])
+        better = (density(ends[:-1]) - density(ends[1:])) / mass
+        if float((better - levels).abs().max()) < 1e-13:
+            return better, -10 * math.log10(1 - 2 * float((mass * better**2).sum()))
+        levels = better
+
+
+def source() -> str:
+    """The text of codecs/lloyd_max.py."""
+    books = {bits: lloyd_max(bits) for bits in BITS}
+    text = HEADER.format(distortions=", ".join(f"{decibels:.2f}" for _, decibels in books.values()))
+    for bits, (levels, _) in books.items():
+        text += f"    {bits}: (\n"
+        numbers = [repr(float(str(np.float32(level)))) for level in levels]
+        for start in range(0, len(numbers), 8):
+            text += "        " + ", ".join(numbers[start : start + 8]) + ",\n"
+        text += "    ),\n"
+    return text + "}  # fmt: skip\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    if parser.parse_args().write:
+        TARGET.write_text(source())
+    for bits in BITS:
+        print(f"{bits} bits: {lloyd_max(bits)[1]:.3f} dB")
+
+
+if __name__ == "__main__":
+    main()

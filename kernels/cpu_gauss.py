@@ -1,0 +1,300 @@
+"""Gaussian codecs on CPU (numba): the arithmetic and the wire of `codecs/gauss.py`, bit for bit.
+
+One group at a time, in a scratch of 256 values that stays in the first-level cache: load and sign, rotate, normalize,
+look up codes, pack. Reducing keeps the sum of a group in the scratch over all wires and rotates it back once.
+
+Scratch, in bytes: 0 a short block, 128 the group (256 words), then its codes and the codes they may move to.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..codecs import hadamard
+from . import cpu_simd as simd
+from .cpu_planes import fill_tail, load, load_codes, plane_addresses, readable, store_codes, store_values
+from .cpu_simd import inline, jit
+
+if TYPE_CHECKING:
+    from ..codecs.gauss import Gauss
+
+_HIDING = 256
+_GROUP, _CODES, _MOVED, _SCRATCH = 128, 128 + 4 * 256, 128 + 8 * 256, 128 + 12 * 256
+_ABSOLUTE = np.int32(0x7FFFFFFF)
+_INF, _NAN = np.int32(0x7F800000), np.int32(0x7FC0)
+_signs = (hadamard.SIGNS.view(torch.int32) & -(2**31)).contiguous()  # the sign bit, to be xored
+
+
+@inline
+def _scale_by(at, n, factor):
+    for j in range(0, n, 32):
+        simd.store_fp32(at + 4 * j, simd.fmul(simd.load_fp32(at + 4 * j), factor))
+
+
+@inline
+def _butterfly(at, n):
+    """n fp32 values in memory, a power of two from 32 up."""
+    for j in range(0, n, 32):
+        simd.store_fp32(at + 4 * j, simd.butterfly(simd.load_fp32(at + 4 * j)))
+    h = 32
+    while h < n:
+        for start in range(0, n, 2 * h):
+            for j in range(start, start + h, 32):
+                a, b = simd.load_fp32(at + 4 * j), simd.load_fp32(at + 4 * (j + h))
+                simd.store_fp32(at + 4 * j, simd.fadd(a, b))
+                simd.store_fp32(at + 4 * (j + h), simd.fsub(a, b))
+        h *= 2
+
+
+@inline
+def _rotate(at, n, backwards):
+    """The group in memory, signs left out."""
+    p, factor = 32, np.float32(0.17677669)  # 1 / sqrt(32)
+    while 2 * p <= n:
+        p *= 2
+        factor = np.float32(0.125) if p == 64 else np.float32(0.088388346) if p == 128 else np.float32(0.0625)
+    if p == n:
+        _butterfly(at, p)
+        if backwards:
+            _scale_by(at, p, np.float32(1) / np.float32(p))
+    else:
+        for step in range(2):
+            part = at + 4 * (n - p) if (step == 1) != backwards else at
+            _butterfly(part, p)
+            _scale_by(part, p, factor)
+
+
+@inline
+def _bf16(value):
+    """fp32 -> its bf16 bits, to nearest even."""
+    bits = simd.as_int(value)
+    return ((bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)) & np.int32(0xFFFF)
+
+
+@inline
+def _storable(value):
+    """A positive fp32 scale -> bf16 bits, 0 if it is not normal, NaN if it overflows."""
+    bits = _bf16(value)
+    return np.int32(0) if bits < np.int32(0x80) else _NAN if bits >= np.int32(0x7F80) else bits
+
+
+@jit
+def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs, levels, thresholds, scratch):
+    itemsize = 2 if bf16 else 4
+    half = np.int32(1 << (bits - 1))
+    padded = (features + 7) // 8 * 8
+    z = scratch + _GROUP
+    stored = 0
+    for row in range(rows):
+        for start in range(0, features, group):
+            n = min(group, features - start)
+            blocks = (n + 31) // 32
+            source = x + (row * features + start) * itemsize
+            turned = rotates and n >= 32
+            for j in range(0, n, 32):
+                if n - j < 32:
+                    fill_tail(source + j * itemsize, n - j, itemsize, scratch)
+                values = load(source + j * itemsize if n - j >= 32 else scratch, bf16)
+                if turned:
+                    values = simd.xor(values, simd.load_fp32(signs + 4 * j))
+                simd.store_fp32(z + 4 * j, values)
+            if turned:
+                _rotate(z, n, False)
+            for j in range(n, 32 * blocks):
+                simd.store_word(z + 4 * j, np.int32(0))
+
+            largest = simd.splat(np.int32(0))
+            for j in range(0, n, 32):
+                largest = simd.maximum(largest, simd.and_(simd.load_fp32(z + 4 * j), _ABSOLUTE))
+            peak = simd.largest(largest)
+            exponent = min(max(peak >> np.int32(23), np.int32(1)), np.int32(253))
+            power = simd.as_float(exponent << np.int32(23))
+            down = simd.as_float((np.int32(254) - exponent) << np.int32(23))
+            squares = simd.splat(np.int32(0))
+            for j in range(0, n, 32):
+                w = simd.fmul(simd.load_fp32(z + 4 * j), down)
+                simd.store_fp32(z + 4 * j, w)
+                square = simd.fmul(w, w)
+                squares = square if j == 0 else simd.fadd(squares, square)
+            rms = np.float32(np.sqrt(simd.fold(squares) / np.float32(n)))
+
+            hides = n == _HIDING
+            scale = np.int32(0)
+            inverse = np.float32(0)
+            if hides:
+                scale = _storable(rms * power) if peak < _INF else _NAN
+                if scale > np.int32(0) and scale != _NAN:
+                    inverse = np.float32(1) / (simd.as_float(scale << np.int32(16)) * down)
+            elif peak < _INF and rms > np.float32(0):
+                inverse = np.float32(1) / rms
+            dot, norm = simd.splat(np.int32(0)), simd.splat(np.int32(0))
+            best, best_block = simd.splat(_INF), simd.splat(np.int32(0))
+            odd = simd.splat(np.int32(0))
+            for block in range(blocks):
+                j = 4 * 32 * block
+                w = simd.load_fp32(z + j)
+                magnitude = simd.and_(w, _ABSOLUTE)
+                u = simd.fmul(magnitude, inverse)
+                k = simd.splat(np.int32(0))
+                for threshold in range(half - 1):
+                    bound = simd.as_float(simd.load_word(thresholds + 4 * threshold))
+                    k = simd.sub(k, simd.fless(bound, u))
+                level = simd.lookup(levels + 4, k)
+                negative = simd.fless(w, np.float32(0))
+                code = simd.add(simd.xor(k, negative), half)
+                if hides:
+                    up = simd.and_(simd.fless(level, u), simd.less(k, half - np.int32(1)))
+                    neighbour = simd.lookup(levels, simd.sub(k, simd.add(up, up)))
+                    gap = simd.and_(simd.fsub(neighbour, level), _ABSOLUTE)
+                    middle = simd.fmul(simd.fadd(neighbour, level), np.float32(0.5))
+                    cost = simd.fmul(gap, simd.and_(simd.fsub(u, middle), _ABSOLUTE))
+                    turn = simd.xor(up, negative)  # -1: the code goes up
+                    moved = simd.sub(simd.add(code, np.int32(-1)), simd.add(turn, turn))
+                    cheaper = simd.fless(cost, best)
+                    best = simd.choose(cheaper, cost, best)
+                    best_block = simd.choose(cheaper, simd.splat(np.int32(block)), best_block)
+                    odd = simd.xor(odd, code)
+                    simd.store_fp32(scratch + _MOVED + j, moved)
+                else:
+                    a, b = simd.fmul(magnitude, level), simd.fmul(level, level)
+                    if n - 32 * block < 32:
+                        b = simd.and_(b, simd.less(simd.lanes(), np.int32(n - 32 * block)))
+                    dot = a if block == 0 else simd.fadd(dot, a)
+                    norm = b if block == 0 else simd.fadd(norm, b)
+                simd.store_fp32(scratch + _CODES + j, code)
+
+            if hides:
+                nothing = scale == np.int32(0) or scale == _NAN
+                if nothing:
+                    best, best_block, odd = simd.splat(np.int32(0)), simd.splat(np.int32(0)), simd.splat(np.int32(0))
+                position = simd.add(simd.add(best_block, best_block), simd.shift_right(simd.lanes(), np.int32(4)))
+                other, other_position = simd.swap_halves(best), simd.swap_halves(position)
+                first = simd.and_(simd.equal(best, other), simd.less(position, other_position))
+                wins = simd.or_(simd.fless(best, other), first)
+                parity = simd.xor(odd, simd.swap_halves(odd))
+                wanted = simd.shift_right(simd.splat(scale), simd.and_(simd.lanes(), np.int32(15)))
+                wrong = simd.sub(simd.splat(np.int32(0)), simd.and_(simd.xor(parity, wanted), np.int32(1)))
+                moves = simd.and_(wins, wrong)
+                for block in range(blocks):
+                    j = 4 * 32 * block
+                    code, moved = simd.load_fp32(scratch + _CODES + j), simd.load_fp32(scratch + _MOVED + j)
+                    if nothing:
+                        code, moved = simd.splat(half), simd.splat(half + np.int32(1))
+                    here = simd.and_(moves, simd.equal(best_block, np.int32(block)))
+                    simd.store_fp32(scratch + _CODES + j, simd.choose(here, moved, code))
+            else:
+                scale = _NAN
+                if peak < _INF:
+                    scale = _storable(simd.fold(dot) / simd.fold(norm) * power)
+                simd.store_half(scales + 2 * stored, scale)
+                stored += 1
+                if scale == np.int32(0) or scale == _NAN:
+                    for block in range(blocks):
+                        simd.store_fp32(scratch + _CODES + 4 * 32 * block, simd.splat(half))
+            for j in range(0, n, 32):
+                codes = simd.load_fp32(scratch + _CODES + 4 * j)
+                store_codes(codes, min(32, n - j), row * padded + start + j, planes, bits, scratch)
+
+
+@jit
+def _reduce(
+    wires, stride, planes, scales, per_row, bits, group, rotates, signs, levels, out, bf16, rows, features, scratch
+):
+    itemsize = 2 if bf16 else 4
+    half = np.int32(1 << (bits - 1))
+    padded = (features + 7) // 8 * 8
+    total = scratch + _GROUP
+    for row in range(rows):
+        for start in range(0, features, group):
+            n = min(group, features - start)
+            at = row * padded + start
+            turned = rotates and n >= 32
+            for wire in range(wires):
+                skip = wire * stride
+                if n == _HIDING:
+                    odd = simd.splat(np.int32(0))
+                    for j in range(0, n, 32):
+                        codes = load_codes(32, at + j, planes, skip, bits, scratch)
+                        simd.store_fp32(scratch + _CODES + 4 * j, codes)
+                        odd = simd.xor(odd, codes)
+                    parities = simd.is_odd(odd)
+                    scale = (parities ^ (parities >> np.int32(16))) & np.int32(0xFFFF)
+                else:
+                    index = per_row - 1 if n < group else start // group
+                    scale = simd.load_half(scales + skip + 2 * (row * per_row + index))
+                factor = simd.as_float(scale << np.int32(16))
+                for j in range(0, n, 32):
+                    if n == _HIDING:
+                        codes = simd.load_fp32(scratch + _CODES + 4 * j)
+                    else:
+                        codes = load_codes(min(32, n - j), at + j, planes, skip, bits, scratch)
+                    signed = simd.sub(codes, half)
+                    negative = simd.shift_right(signed, np.int32(31))
+                    k = simd.and_(simd.xor(signed, negative), half - np.int32(1))
+                    level = simd.or_(simd.lookup(levels + 4, k), simd.shift_left(negative, np.int32(31)))
+                    values = simd.fmul(level, factor)
+                    if wire:
+                        values = simd.fadd(simd.load_fp32(total + 4 * j), values)
+                    simd.store_fp32(total + 4 * j, values)
+            if turned:
+                _rotate(total, n, True)
+            for j in range(0, n, 32):
+                values = simd.load_fp32(total + 4 * j)
+                if turned:
+                    values = simd.xor(values, simd.load_fp32(signs + 4 * j))
+                values = simd.canonical(values)
+                store_values(values, out + (row * features + start + j) * itemsize, min(32, n - j), bf16, scratch)
+
+
+def _tables(codec: Gauss) -> torch.Tensor:
+    """The level below zero that comes first, the positive ones, and one more that is never chosen."""
+    return torch.cat([-codec.levels[:1], codec.levels, codec.levels[-1:]])
+
+
+def encode_rows(codec: Gauss, x: torch.Tensor, wire: torch.Tensor) -> None:
+    """x [rows, features] contiguous -> wire, as `Codec.encode_rows`."""
+    values, scratch, levels = readable(x), torch.zeros(_SCRATCH, dtype=torch.uint8), _tables(codec)
+    views = codec.split(wire, *x.shape)
+    _encode(
+        values.data_ptr(),
+        values.dtype == torch.bfloat16,
+        *x.shape,
+        plane_addresses(views),
+        views["scales"].data_ptr() if "scales" in views else 0,
+        codec.bits,
+        codec.group,
+        codec.rotates,
+        _signs.data_ptr(),
+        levels.data_ptr(),
+        codec.thresholds.data_ptr(),
+        scratch.data_ptr(),
+    )
+    codec.clear_gaps(wire, *x.shape)
+
+
+def reduce_rows(codec: Gauss, wires: torch.Tensor, out: torch.Tensor) -> None:
+    """Sum of the decoded wires -> out, as `Codec.reduce_rows`."""
+    target = torch.empty(out.shape, dtype=torch.float32) if out.dtype == torch.float16 else out
+    scratch, levels = torch.zeros(_SCRATCH, dtype=torch.uint8), _tables(codec)
+    views = codec.split(wires[0], *out.shape)
+    _reduce(
+        wires.shape[0],
+        wires.stride(0),
+        plane_addresses(views),
+        views["scales"].data_ptr() if "scales" in views else 0,
+        codec.scales_per_row(out.shape[1]),
+        codec.bits,
+        codec.group,
+        codec.rotates,
+        _signs.data_ptr(),
+        levels.data_ptr(),
+        target.data_ptr(),
+        target.dtype == torch.bfloat16,
+        *out.shape,
+        scratch.data_ptr(),
+    )
+    if target is not out:
+        out.copy_(target)
