@@ -8,12 +8,14 @@ Scratch, in bytes: 0 a short block, 128 the group (256 words), then its codes an
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..codecs import hadamard
+from ..codecs.lloyd_max import LEVELS
 from . import cpu_simd as simd
 from .cpu_planes import fill_tail, load, load_codes, plane_addresses, readable, store_codes, store_values
 from .cpu_simd import inline, jit
@@ -81,6 +83,34 @@ def _storable(value):
     return np.int32(0) if bits < np.int32(0x80) else _NAN if bits >= np.int32(0x7F80) else bits
 
 
+@inline
+def _level(levels, k, bits):
+    """The positive levels of codebook indices k."""
+    if bits == 7:
+        return simd.lookup(levels, k)
+    level = simd.lookup8(levels, k)
+    for eight in range(1, (1 << bits) // 16):
+        here = simd.equal(simd.shift_right(k, np.int32(3)), np.int32(eight))
+        level = simd.choose(here, simd.lookup8(levels + 32 * eight, k), level)
+    return level
+
+
+@inline
+def _index(u, thresholds, bits):
+    """The number of thresholds below u: first among every 2**(bits - 4)-th of them, then within that segment."""
+    fine = max(1, (1 << bits) >> 4)
+    coarse = simd.splat(np.int32(0))
+    for segment in range(1, (1 << (bits - 1)) // fine):
+        threshold = simd.as_float(simd.load_word(thresholds + 4 * (segment * fine - 1)))
+        coarse = simd.sub(coarse, simd.fless(threshold, u))
+    k = coarse
+    if fine > 1:
+        k = simd.shift_left(coarse, np.int32(max(0, bits - 4)))
+        for step in range(fine - 1):
+            k = simd.sub(k, simd.fless(simd.lookup8(thresholds + 4 * 64 + 32 * step, coarse), u))
+    return k
+
+
 @jit
 def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs, levels, thresholds, scratch):
     itemsize = 2 if bf16 else 4
@@ -138,16 +168,16 @@ def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs
                 w = simd.load_fp32(z + j)
                 magnitude = simd.and_(w, _ABSOLUTE)
                 u = simd.fmul(magnitude, inverse)
-                k = simd.splat(np.int32(0))
-                for threshold in range(half - 1):
-                    bound = simd.as_float(simd.load_word(thresholds + 4 * threshold))
-                    k = simd.sub(k, simd.fless(bound, u))
-                level = simd.lookup(levels + 4, k)
+                k = _index(u, thresholds, bits)
+                level = _level(levels, k, bits)
                 negative = simd.fless(w, np.float32(0))
                 code = simd.add(simd.xor(k, negative), half)
                 if hides:
                     up = simd.and_(simd.fless(level, u), simd.less(k, half - np.int32(1)))
-                    neighbour = simd.lookup(levels, simd.sub(k, simd.add(up, up)))
+                    next_ = simd.sub(k, simd.add(simd.add(up, up), np.int32(1)))
+                    across = simd.less(next_, np.int32(0))
+                    neighbour = _level(levels, simd.choose(across, simd.splat(np.int32(0)), next_), bits)
+                    neighbour = simd.xor(neighbour, simd.shift_left(across, np.int32(31)))
                     gap = simd.and_(simd.fsub(neighbour, level), _ABSOLUTE)
                     middle = simd.fmul(simd.fadd(neighbour, level), np.float32(0.5))
                     cost = simd.fmul(gap, simd.and_(simd.fsub(u, middle), _ABSOLUTE))
@@ -201,7 +231,22 @@ def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs
 
 @jit
 def _reduce(
-    wires, stride, planes, scales, per_row, bits, group, rotates, signs, levels, out, bf16, rows, features, scratch
+    wires,
+    stride,
+    planes,
+    scales,
+    per_row,
+    bits,
+    group,
+    rotates,
+    signs,
+    levels,
+    out,
+    bf16,
+    rows,
+    features,
+    scratch,
+    factors,
 ):
     itemsize = 2 if bf16 else 4
     half = np.int32(1 << (bits - 1))
@@ -212,33 +257,29 @@ def _reduce(
             n = min(group, features - start)
             at = row * padded + start
             turned = rotates and n >= 32
-            for wire in range(wires):
+            for wire in range(wires):  # scales
                 skip = wire * stride
                 if n == _HIDING:
                     odd = simd.splat(np.int32(0))
                     for j in range(0, n, 32):
-                        codes = load_codes(32, at + j, planes, skip, bits, scratch)
-                        simd.store_fp32(scratch + _CODES + 4 * j, codes)
-                        odd = simd.xor(odd, codes)
+                        odd = simd.xor(odd, load_codes(32, at + j, planes, skip, bits, scratch))
                     parities = simd.is_odd(odd)
                     scale = (parities ^ (parities >> np.int32(16))) & np.int32(0xFFFF)
                 else:
                     index = per_row - 1 if n < group else start // group
                     scale = simd.load_half(scales + skip + 2 * (row * per_row + index))
-                factor = simd.as_float(scale << np.int32(16))
-                for j in range(0, n, 32):
-                    if n == _HIDING:
-                        codes = simd.load_fp32(scratch + _CODES + 4 * j)
-                    else:
-                        codes = load_codes(min(32, n - j), at + j, planes, skip, bits, scratch)
+                simd.store_word(factors + 4 * wire, scale << np.int32(16))
+            for j in range(0, n, 32):
+                sum_ = simd.splat(np.int32(0))
+                for wire in range(wires):
+                    codes = load_codes(min(32, n - j), at + j, planes, wire * stride, bits, scratch)
                     signed = simd.sub(codes, half)
                     negative = simd.shift_right(signed, np.int32(31))
                     k = simd.and_(simd.xor(signed, negative), half - np.int32(1))
-                    level = simd.or_(simd.lookup(levels + 4, k), simd.shift_left(negative, np.int32(31)))
-                    values = simd.fmul(level, factor)
-                    if wire:
-                        values = simd.fadd(simd.load_fp32(total + 4 * j), values)
-                    simd.store_fp32(total + 4 * j, values)
+                    level = simd.or_(_level(levels, k, bits), simd.shift_left(negative, np.int32(31)))
+                    values = simd.fmul(level, simd.as_float(simd.load_word(factors + 4 * wire)))
+                    sum_ = values if wire == 0 else simd.fadd(sum_, values)
+                simd.store_fp32(total + 4 * j, sum_)
             if turned:
                 _rotate(total, n, True)
             for j in range(0, n, 32):
@@ -249,14 +290,20 @@ def _reduce(
                 store_values(values, out + (row * features + start + j) * itemsize, min(32, n - j), bf16, scratch)
 
 
-def _tables(codec: Gauss) -> torch.Tensor:
-    """The level below zero that comes first, the positive ones, and one more that is never chosen."""
-    return torch.cat([-codec.levels[:1], codec.levels, codec.levels[-1:]])
+@lru_cache
+def _tables(bits: int) -> torch.Tensor:
+    """64 levels, 64 thresholds, and the thresholds within a segment, as `_index` looks them up: [step, segment]."""
+    levels = torch.tensor(LEVELS[bits])
+    thresholds, steps, fine = (levels[1:] + levels[:-1]) * 0.5, torch.zeros(8, 8), max(1, 2**bits >> 4)
+    if fine > 1:
+        steps[: fine - 1] = thresholds[torch.arange(fine - 1)[:, None] + fine * torch.arange(8)]
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(levels, (0, 64 - len(levels))), pad(thresholds, (0, 64 - len(thresholds))), steps.flatten()])
 
 
 def encode_rows(codec: Gauss, x: torch.Tensor, wire: torch.Tensor) -> None:
     """x [rows, features] contiguous -> wire, as `Codec.encode_rows`."""
-    values, scratch, levels = readable(x), torch.zeros(_SCRATCH, dtype=torch.uint8), _tables(codec)
+    values, scratch, tables = readable(x), torch.zeros(_SCRATCH, dtype=torch.uint8), _tables(codec.bits)
     views = codec.split(wire, *x.shape)
     _encode(
         values.data_ptr(),
@@ -268,8 +315,8 @@ def encode_rows(codec: Gauss, x: torch.Tensor, wire: torch.Tensor) -> None:
         codec.group,
         codec.rotates,
         _signs.data_ptr(),
-        levels.data_ptr(),
-        codec.thresholds.data_ptr(),
+        tables.data_ptr(),
+        tables[64:].data_ptr(),
         scratch.data_ptr(),
     )
     codec.clear_gaps(wire, *x.shape)
@@ -278,7 +325,8 @@ def encode_rows(codec: Gauss, x: torch.Tensor, wire: torch.Tensor) -> None:
 def reduce_rows(codec: Gauss, wires: torch.Tensor, out: torch.Tensor) -> None:
     """Sum of the decoded wires -> out, as `Codec.reduce_rows`."""
     target = torch.empty(out.shape, dtype=torch.float32) if out.dtype == torch.float16 else out
-    scratch, levels = torch.zeros(_SCRATCH, dtype=torch.uint8), _tables(codec)
+    scratch, tables = torch.zeros(_SCRATCH, dtype=torch.uint8), _tables(codec.bits)
+    factors = torch.empty(wires.shape[0])
     views = codec.split(wires[0], *out.shape)
     _reduce(
         wires.shape[0],
@@ -290,11 +338,12 @@ def reduce_rows(codec: Gauss, wires: torch.Tensor, out: torch.Tensor) -> None:
         codec.group,
         codec.rotates,
         _signs.data_ptr(),
-        levels.data_ptr(),
+        tables.data_ptr(),
         target.data_ptr(),
         target.dtype == torch.bfloat16,
         *out.shape,
         scratch.data_ptr(),
+        factors.data_ptr(),
     )
     if target is not out:
         out.copy_(target)
