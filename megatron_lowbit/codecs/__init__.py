@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from ..errors import ConfigError
-from ..spec import GAUSS, INTEGERS, PASSTHROUGH, Leg, parse_leg
+from ..spec import GAUSS, INTEGERS, PASSTHROUGH, SELECTIVE, Leg, parse_leg
 from .affine import Affine
 from .base import Codec
 from .gauss import Gauss
+from .outliers import Outliers
 from .passthrough import Passthrough
+from .selective import Selective
 
 __all__ = ["Codec", "codec", "make"]
 
@@ -21,11 +24,15 @@ def codec(spec: str) -> Codec:
 
 @lru_cache(maxsize=256)
 def make(leg: Leg) -> Codec:
-    """The codec of a parsed leg."""
+    """The codec of a parsed leg. One that needs a site's statistics knows its sizes, and encodes once it is bound."""
+    if leg.name in SELECTIVE:
+        return Selective(leg)
+    if leg.outliers is not None:
+        return Outliers(leg, make(replace(leg, outliers=None)))
     if leg.name in PASSTHROUGH:
         return Passthrough(leg)
-    if leg.name in INTEGERS and not leg.spike and not leg.outliers:
+    if leg.name in INTEGERS and not leg.spike:
         return Affine(leg)
-    if leg.name in GAUSS and not leg.outliers:
+    if leg.name in GAUSS:
         return Gauss(leg)
     raise ConfigError(f"codec {str(leg)!r} is not available in this version")

@@ -31,7 +31,7 @@ import torch
 
 from ..spec import Leg
 from . import backend, packing
-from .base import Codec
+from .base import Codec, rounded
 
 SMALLEST_NORMAL = 2.0**-126
 
@@ -77,7 +77,7 @@ class Affine(Codec):
         total = self._decode(wires[0], *out.shape)
         for wire in wires[1:]:
             total += self._decode(wire, *out.shape)
-        out.copy_(total).masked_fill_(total.isnan(), torch.nan)  # conversions give NaNs of different bits
+        out.copy_(rounded(total, out.dtype))
 
     def _decode(self, wire: torch.Tensor, rows: int, features: int) -> torch.Tensor:
         views, shift = self.split(wire, rows, features), 0

@@ -16,6 +16,7 @@ from math import prod
 import torch
 
 from ..errors import ConfigError
+from .statistics import Statistics
 
 ALIGNMENT = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,6 +46,11 @@ def check_shape(shape: torch.Size | tuple[int, ...]) -> None:
         raise ConfigError(f"shape is {shape!r}: pass a tuple of sizes from 0 up, such as x.shape")
 
 
+def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 values -> dtype, with one kind of NaN: conversions make NaNs of different bits."""
+    return values.to(dtype, copy=True).masked_fill_(values.isnan(), torch.nan)
+
+
 class Codec(ABC):
     """Base of all codecs. Equal specs are equal codecs."""
 
@@ -54,6 +60,10 @@ class Codec(ABC):
     @property
     def inner(self) -> Codec:
         """This codec without its transform: encodes transformed rows, and leaves the sum transformed."""
+        return self
+
+    def bind(self, statistics: Statistics, rank: int) -> Codec:
+        """This codec as `rank` uses it at a site with these statistics; codecs that need none are ready as they are."""
         return self
 
     def sent_by(self, rank: int) -> Codec:

@@ -32,7 +32,7 @@ import torch
 from ..spec import Leg
 from . import backend, hadamard, packing
 from .affine import SMALLEST_NORMAL
-from .base import Codec
+from .base import Codec, rounded
 from .lloyd_max import LEVELS
 
 HIDING = 256  # values of a group that hides its scale
@@ -97,7 +97,7 @@ class Gauss(Codec):
             total += self._decode(wire, *out.shape)
         if self.rotates:
             total = torch.cat([hadamard.unrotate(part).flatten(1) for part in self._groups(total)], 1)
-        out.copy_(total).masked_fill_(total.isnan(), torch.nan)
+        out.copy_(rounded(total, out.dtype))
 
     def _groups(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x [rows, features] -> its full groups [rows, groups, group] and its shorter last ones [rows, 1, n]."""

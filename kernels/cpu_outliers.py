@@ -1,0 +1,78 @@
+"""Splitting outlier features off and putting them back on CPU (numba), as `codecs/outliers.py` defines it.
+
+The ordinary features between two outliers are a segment, copied 32 values at a time. A copy may run over the end of its
+segment: what it spoils there is written later. In the last rows, where it would run over the end of the memory, it is
+cut to size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from . import cpu_simd as simd
+from .cpu_planes import copy, store_values
+from .cpu_simd import jit
+
+
+@jit
+def _split(x, itemsize, rows, features, segments, number, count, out):
+    """Rows of `features` values -> rows of the `count` ordinary ones. segments: int32 [number, 3], see `_segments`."""
+    for row in range(rows):
+        last = (rows - row - 1) * count * itemsize < 128
+        for segment in range(segments, segments + 12 * number, 12):
+            source = x + (row * features + simd.load_word(segment)) * itemsize
+            target = out + (row * count + simd.load_word(segment + 4)) * itemsize
+            size = simd.load_word(segment + 8) * itemsize
+            if last:
+                copy(source, target, size)
+            else:
+                for j in range(0, size, 128):
+                    simd.store_fp32(target + j, simd.load_fp32(source + j))
+
+
+@jit
+def _join(x, rows, features, segments, number, count, out, bf16, scratch):
+    """Rows of `count` fp32 values -> their places in rows of `features` values, bf16 or fp32."""
+    itemsize = 2 if bf16 else 4
+    for row in range(rows):
+        last = (rows - row - 1) * features * itemsize < 128
+        for segment in range(segments, segments + 12 * number, 12):
+            target = out + (row * features + simd.load_word(segment)) * itemsize
+            source = x + (row * count + simd.load_word(segment + 4)) * 4
+            size = np.int64(simd.load_word(segment + 8))
+            for j in range(0, size, 32):
+                n = min(32, size - j) if last else 32
+                store_values(simd.load_fp32(source + 4 * j), target + j * itemsize, n, bf16, scratch)
+
+
+def segments(kept: torch.Tensor) -> torch.Tensor:
+    """Ascending features -> int32 [segments, 3]: of each run of neighbours its first feature, its place, its length."""
+    features = torch.arange(len(kept))
+    places = features[kept != torch.cat([kept.new_full((1,), -2), kept[:-1] + 1])[: len(kept)]]
+    ends = torch.cat([places[1:], torch.tensor([len(kept)])])[: len(places)]
+    return torch.stack([kept[places], places, ends - places], 1).int()
+
+
+def split(x: torch.Tensor, runs: torch.Tensor, count: int) -> torch.Tensor:
+    """x [rows, features] contiguous -> its `count` ordinary features, contiguous, alike. runs: `segments`."""
+    out = torch.empty(x.shape[0], count, dtype=x.dtype)
+    _split(x.data_ptr(), x.itemsize, *x.shape, runs.data_ptr(), len(runs), count, out.data_ptr())
+    return out
+
+
+def join(ordinary: torch.Tensor, runs: torch.Tensor, out: torch.Tensor) -> None:
+    """The inverse: fp32 [rows, count], with 32 values' space behind it, into out [rows, features]."""
+    target, scratch = out if out.dtype != torch.float16 else out.float(), torch.empty(32)
+    _join(
+        ordinary.data_ptr(),
+        *out.shape,
+        runs.data_ptr(),
+        len(runs),
+        ordinary.shape[1],
+        target.data_ptr(),
+        target.dtype == torch.bfloat16,
+        scratch.data_ptr(),
+    )
+    if target is not out:
+        out.copy_(target)

@@ -1,0 +1,105 @@
+"""selective4: outlier features in bf16, the others in 4 bits with static ranges (Dong et al., arXiv 2411.07942, 3).
+
+Which features are outliers, and every other feature's range on every rank, is known from calibration, so that neither
+scales nor indices are sent: 4 * 63/64 + 16/64 = 4.1875 bits. The gather leg of two-step uses the ranges of the sum.
+
+Definition, in fp32, for a feature with the range [low, high] on the rank that sends:
+
+    scale = (high - low) / 15
+    t     = (x - low) * (1 / scale)                   0 where the scale is no normal number
+    code  = rint(t), 0 below the range and 15 above it
+    value = low + code * scale
+
+Values outside of the range are cut off at its ends: what calibration has not seen, this codec cannot send. A row that
+holds a NaN or an Inf, which no code can tell (a NaN has code 0), gets NaN for all its outliers, and a row whose first
+outlier is NaN decodes to NaN throughout.
+
+Wire: the plane of 4-bit codes of the ordinary features (codecs/packing.py), then the outliers, bf16 [rows, k].
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..spec import Leg
+from . import backend, packing
+from .affine import SMALLEST_NORMAL
+from .base import Codec
+from .outliers import Outliers
+from .statistics import Statistics
+
+
+class Ranges(Codec):
+    """4-bit codes of the ordinary features. low, scale, inverse: fp32 [senders, features]; sender: whose it is."""
+
+    bits = 4
+
+    def __init__(self, leg: Leg, statistics: Statistics | None = None, sender: int = 0) -> None:
+        self.spec, self.sender = f"{leg}, ordinary features", sender
+        if statistics is None:
+            return
+        kept = [f for f in range(statistics.features) if f not in set(statistics.outliers)]
+        low, high = statistics.low[:, kept], statistics.high[:, kept]
+        scale = (high - low) / (2**self.bits - 1)
+        scale = torch.where(scale < SMALLEST_NORMAL, 0.0, scale)
+        tables = (low, scale, torch.where(scale == 0, 0.0, 1.0 / scale))
+        padding = (0, -len(kept) % 32)  # kernels read whole blocks
+        self.low, self.scale, self.inverse = (torch.nn.functional.pad(table, padding) for table in tables)
+
+    def granularity(self, features: int) -> int:
+        return max(1, features)
+
+    def sections(self, rows: int, features: int) -> list[tuple[str, int]]:
+        return [(f"plane{self.bits}", packing.plane_nbytes(rows, features, self.bits))]
+
+    def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
+        if backend.of(x.device) == "numba":
+            from ..kernels import cpu_selective
+
+            return cpu_selective.encode_rows(self, x, wire)
+        low, inverse = (table[self.sender, : x.shape[1]].to(x.device) for table in (self.low, self.inverse))
+        t = (x.float() - low) * inverse
+        t = torch.where(t > 0, t, 0.0)  # NaN too
+        codes = torch.round(torch.where(t < 2**self.bits - 1, t, 2.0**self.bits - 1)).to(torch.uint8)
+        self.split(wire, *x.shape)[f"plane{self.bits}"].copy_(packing.pack(codes, self.bits).flatten())
+
+    def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
+        if backend.of(out.device) == "numba":
+            from ..kernels import cpu_selective
+
+            return cpu_selective.reduce_rows(self, wires, out)
+        total = None
+        for sender, wire in enumerate(wires, self.sender if len(wires) == 1 else 0):
+            plane = self.split(wire, *out.shape)[f"plane{self.bits}"].view(out.shape[0], -1)
+            codes = packing.unpack(plane, out.shape[1], self.bits).float()
+            sender = sender if len(self.low) > 1 else 0
+            low, scale = (table[sender, : out.shape[1]].to(out.device) for table in (self.low, self.scale))
+            values = low + codes * scale
+            total = values if total is None else total + values
+        out.copy_(total)
+
+
+class Selective(Outliers):
+    """selective4. Bound, it is the codec of one rank at one site and on one leg."""
+
+    def __init__(self, leg: Leg, statistics: Statistics | None = None, sender: int = 0, whole: bool = True) -> None:
+        super().__init__(leg, Ranges(leg, statistics, sender), statistics, whole)
+
+    def bind(self, statistics: Statistics, rank: int) -> Codec:
+        return Selective(self.leg, statistics, rank if len(statistics.low) > 1 else 0)
+
+    @property
+    def inner(self) -> Codec:
+        return Selective(self.leg, self.statistics, self.base.sender, whole=False)
+
+    def sent_by(self, rank: int) -> Codec:
+        return self.bind(self.statistics, rank) if self.statistics and rank != self.base.sender else self
+
+    def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
+        super().encode_rows(x, wire)
+        unusable = ~(x.abs().amax(1) < torch.inf)
+        self._outliers(wire, *x.shape).masked_fill_(unusable[:, None], torch.nan)
+
+    def _join(self, ordinary: torch.Tensor, outliers: torch.Tensor, out: torch.Tensor) -> None:
+        ordinary.masked_fill_(outliers[:, :1].isnan(), torch.nan)
+        super()._join(ordinary, outliers.masked_fill(outliers[:, :1].isnan(), torch.nan), out)
