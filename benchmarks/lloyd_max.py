@@ -1,10 +1,11 @@
-"""Compute the Lloyd-Max codebooks of the unit Gaussian and write them to megatron_lowbit/codecs/lloyd_max.py.
+"""Compute the codebooks of the unit Gaussian and write them to megatron_lowbit/codecs/lloyd_max.py.
 
-A level is the mean of the Gaussian over its cell, a cell's ends are midway between levels; iterated in fp64 to the
-fixed point (Max, "Quantizing for Minimum Distortion", 1960; Lloyd, "Least Squares Quantization in PCM", 1982).
+Scalar: a level is the mean of the Gaussian over its cell, a cell's ends are midway between levels; iterated in fp64 to
+the fixed point (Max, "Quantizing for Minimum Distortion", 1960; Lloyd, "Least Squares Quantization in PCM", 1982).
+Trellis: a level is the mean of the values that the best path gives it, over a fixed sample, iterated likewise.
 
     python benchmarks/lloyd_max.py            # print the distortions
-    python benchmarks/lloyd_max.py --write    # and write the file
+    python benchmarks/lloyd_max.py --write    # and write the file (minutes)
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import numpy as np
 import torch
 
 TARGET = Path(__file__).resolve().parents[1] / "megatron_lowbit" / "codecs" / "lloyd_max.py"
-BITS = range(2, 8)
+BITS, TRELLIS_BITS = range(2, 8), range(2, 6)
 HEADER = '''"""Lloyd-Max codebooks of the unit Gaussian: the positive levels, ascending, for 2**bits levels in all.
 
 Written by benchmarks/lloyd_max.py; distortions {distortions} dB.
+TRELLIS: the positive ones of 2**(bits + 1) levels for codecs/trellis.py; distortions {trellis} dB on
+the sample they are made from.
 """
 
 from __future__ import annotations
 
-LEVELS: dict[int, tuple[float, ...]] = {{
 '''
 
 
@@ -50,17 +52,45 @@ def lloyd_max(bits: int) -> tuple[torch.Tensor, float]:
         levels = better
 
 
-def source() -> str:
-    """The text of codecs/lloyd_max.py."""
-    books = {bits: lloyd_max(bits) for bits in BITS}
-    text = HEADER.format(distortions=", ".join(f"{decibels:.2f}" for _, decibels in books.values()))
+def trellis(bits: int, groups: int = 4000, length: int = 128, rounds: int = 25) -> tuple[torch.Tensor, float]:
+    """Positive ones of the 2**(bits + 1) levels, fp64, and the distortion in dB on the sample."""
+    from megatron_lowbit.codecs.trellis import best_path, level_index
+
+    sample = torch.randn(groups, length, generator=torch.Generator().manual_seed(0))
+    positive = lloyd_max(bits + 1)[0]
+    for _ in range(rounds):
+        levels = torch.cat([-positive.flip(0), positive])
+        index = level_index(best_path(sample, levels.float())).flatten()
+        error = sample.double() - levels[index].view(sample.shape)
+        sums = torch.zeros_like(levels).index_add(0, index, sample.double().flatten())
+        counts = torch.zeros_like(levels).index_add(0, index, torch.ones_like(error).flatten())
+        sums, counts = sums - sums.flip(0), counts + counts.flip(0)  # the codebook is symmetric
+        means = torch.where(counts > 0, sums / counts.clamp(min=1), levels)
+        positive = means[len(means) // 2 :]
+    return positive, -10 * math.log10(float(error.square().mean()))
+
+
+def table(name: str, books: dict[int, tuple[torch.Tensor, float]]) -> str:
+    text = f"{name}: dict[int, tuple[float, ...]] = {{\n"
     for bits, (levels, _) in books.items():
         text += f"    {bits}: (\n"
-        numbers = [repr(float(str(np.float32(level)))) for level in levels]
+        numbers = [str(np.float32(level)) for level in levels]
         for start in range(0, len(numbers), 8):
             text += "        " + ", ".join(numbers[start : start + 8]) + ",\n"
         text += "    ),\n"
     return text + "}  # fmt: skip\n"
+
+
+def decibels(books: dict[int, tuple[torch.Tensor, float]]) -> str:
+    return ", ".join(f"{figure:.2f}" for _, figure in books.values())
+
+
+def source() -> str:
+    """The text of codecs/lloyd_max.py."""
+    scalar = {bits: lloyd_max(bits) for bits in BITS}
+    trellises = {bits: trellis(bits) for bits in TRELLIS_BITS}
+    header = HEADER.format(distortions=decibels(scalar), trellis=decibels(trellises))
+    return header + table("LEVELS", scalar) + "\n" + table("TRELLIS", trellises)
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..codecs import hadamard
 from ..codecs.lloyd_max import LEVELS
 from . import cpu_simd as simd
-from .cpu_planes import fill_tail, load, load_codes, plane_addresses, readable, store_codes, store_values
+from .cpu_planes import load_codes, plane_addresses, readable, store_codes, store_values
+from .cpu_rotation import ABSOLUTE, INF, NAN, SIGN_BITS, load_group, normalize, rotate, storable
 from .cpu_simd import inline, jit
 
 if TYPE_CHECKING:
@@ -25,62 +25,6 @@ if TYPE_CHECKING:
 
 _HIDING = 256
 _GROUP, _CODES, _MOVED, _SCRATCH = 128, 128 + 4 * 256, 128 + 8 * 256, 128 + 12 * 256
-_ABSOLUTE = np.int32(0x7FFFFFFF)
-_INF, _NAN = np.int32(0x7F800000), np.int32(0x7FC0)
-_signs = (hadamard.SIGNS.view(torch.int32) & -(2**31)).contiguous()  # the sign bit, to be xored
-
-
-@inline
-def _scale_by(at, n, factor):
-    for j in range(0, n, 32):
-        simd.store_fp32(at + 4 * j, simd.fmul(simd.load_fp32(at + 4 * j), factor))
-
-
-@inline
-def _butterfly(at, n):
-    """n fp32 values in memory, a power of two from 32 up."""
-    for j in range(0, n, 32):
-        simd.store_fp32(at + 4 * j, simd.butterfly(simd.load_fp32(at + 4 * j)))
-    h = 32
-    while h < n:
-        for start in range(0, n, 2 * h):
-            for j in range(start, start + h, 32):
-                a, b = simd.load_fp32(at + 4 * j), simd.load_fp32(at + 4 * (j + h))
-                simd.store_fp32(at + 4 * j, simd.fadd(a, b))
-                simd.store_fp32(at + 4 * (j + h), simd.fsub(a, b))
-        h *= 2
-
-
-@inline
-def _rotate(at, n, backwards):
-    """The group in memory, signs left out."""
-    p, factor = 32, np.float32(0.17677669)  # 1 / sqrt(32)
-    while 2 * p <= n:
-        p *= 2
-        factor = np.float32(0.125) if p == 64 else np.float32(0.088388346) if p == 128 else np.float32(0.0625)
-    if p == n:
-        _butterfly(at, p)
-        if backwards:
-            _scale_by(at, p, np.float32(1) / np.float32(p))
-    else:
-        for step in range(2):
-            part = at + 4 * (n - p) if (step == 1) != backwards else at
-            _butterfly(part, p)
-            _scale_by(part, p, factor)
-
-
-@inline
-def _bf16(value):
-    """fp32 -> its bf16 bits, to nearest even."""
-    bits = simd.as_int(value)
-    return ((bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)) & np.int32(0xFFFF)
-
-
-@inline
-def _storable(value):
-    """A positive fp32 scale -> bf16 bits, 0 if it is not normal, NaN if it overflows."""
-    bits = _bf16(value)
-    return np.int32(0) if bits < np.int32(0x80) else _NAN if bits >= np.int32(0x7F80) else bits
 
 
 @inline
@@ -93,6 +37,14 @@ def _level(levels, k, bits):
         here = simd.equal(simd.shift_right(k, np.int32(3)), np.int32(eight))
         level = simd.choose(here, simd.lookup8(levels + 32 * eight, k), level)
     return level
+
+
+@inline
+def signed_level(levels, signed, bits):
+    """Level numbers counted from the lowest positive one, negative below it -> levels."""
+    negative = simd.shift_right(signed, np.int32(31))
+    k = simd.and_(simd.xor(signed, negative), np.int32((1 << (bits - 1)) - 1))
+    return simd.or_(_level(levels, k, bits), simd.shift_left(negative, np.int32(31)))
 
 
 @inline
@@ -124,49 +76,25 @@ def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs
             blocks = (n + 31) // 32
             source = x + (row * features + start) * itemsize
             turned = rotates and n >= 32
-            for j in range(0, n, 32):
-                if n - j < 32:
-                    fill_tail(source + j * itemsize, n - j, itemsize, scratch)
-                values = load(source + j * itemsize if n - j >= 32 else scratch, bf16)
-                if turned:
-                    values = simd.xor(values, simd.load_fp32(signs + 4 * j))
-                simd.store_fp32(z + 4 * j, values)
-            if turned:
-                _rotate(z, n, False)
-            for j in range(n, 32 * blocks):
-                simd.store_word(z + 4 * j, np.int32(0))
-
-            largest = simd.splat(np.int32(0))
-            for j in range(0, n, 32):
-                largest = simd.maximum(largest, simd.and_(simd.load_fp32(z + 4 * j), _ABSOLUTE))
-            peak = simd.largest(largest)
-            exponent = min(max(peak >> np.int32(23), np.int32(1)), np.int32(253))
-            power = simd.as_float(exponent << np.int32(23))
-            down = simd.as_float((np.int32(254) - exponent) << np.int32(23))
-            squares = simd.splat(np.int32(0))
-            for j in range(0, n, 32):
-                w = simd.fmul(simd.load_fp32(z + 4 * j), down)
-                simd.store_fp32(z + 4 * j, w)
-                square = simd.fmul(w, w)
-                squares = square if j == 0 else simd.fadd(squares, square)
-            rms = np.float32(np.sqrt(simd.fold(squares) / np.float32(n)))
+            load_group(source, n, bf16, turned, signs, z, scratch)
+            peak, power, down, rms = normalize(z, n)
 
             hides = n == _HIDING
             scale = np.int32(0)
             inverse = np.float32(0)
             if hides:
-                scale = _storable(rms * power) if peak < _INF else _NAN
-                if scale > np.int32(0) and scale != _NAN:
+                scale = storable(rms * power) if peak < INF else NAN
+                if scale > np.int32(0) and scale != NAN:
                     inverse = np.float32(1) / (simd.as_float(scale << np.int32(16)) * down)
-            elif peak < _INF and rms > np.float32(0):
+            elif peak < INF and rms > np.float32(0):
                 inverse = np.float32(1) / rms
             dot, norm = simd.splat(np.int32(0)), simd.splat(np.int32(0))
-            best, best_block = simd.splat(_INF), simd.splat(np.int32(0))
+            best, best_block = simd.splat(INF), simd.splat(np.int32(0))
             odd = simd.splat(np.int32(0))
             for block in range(blocks):
                 j = 4 * 32 * block
                 w = simd.load_fp32(z + j)
-                magnitude = simd.and_(w, _ABSOLUTE)
+                magnitude = simd.and_(w, ABSOLUTE)
                 u = simd.fmul(magnitude, inverse)
                 k = _index(u, thresholds, bits)
                 level = _level(levels, k, bits)
@@ -178,9 +106,9 @@ def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs
                     across = simd.less(next_, np.int32(0))
                     neighbour = _level(levels, simd.choose(across, simd.splat(np.int32(0)), next_), bits)
                     neighbour = simd.xor(neighbour, simd.shift_left(across, np.int32(31)))
-                    gap = simd.and_(simd.fsub(neighbour, level), _ABSOLUTE)
+                    gap = simd.and_(simd.fsub(neighbour, level), ABSOLUTE)
                     middle = simd.fmul(simd.fadd(neighbour, level), np.float32(0.5))
-                    cost = simd.fmul(gap, simd.and_(simd.fsub(u, middle), _ABSOLUTE))
+                    cost = simd.fmul(gap, simd.and_(simd.fsub(u, middle), ABSOLUTE))
                     turn = simd.xor(up, negative)  # -1: the code goes up
                     moved = simd.sub(simd.add(code, np.int32(-1)), simd.add(turn, turn))
                     cheaper = simd.fless(cost, best)
@@ -197,7 +125,7 @@ def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs
                 simd.store_fp32(scratch + _CODES + j, code)
 
             if hides:
-                nothing = scale == np.int32(0) or scale == _NAN
+                nothing = scale == np.int32(0) or scale == NAN
                 if nothing:
                     best, best_block, odd = simd.splat(np.int32(0)), simd.splat(np.int32(0)), simd.splat(np.int32(0))
                 position = simd.add(simd.add(best_block, best_block), simd.shift_right(simd.lanes(), np.int32(4)))
@@ -216,12 +144,12 @@ def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs
                     here = simd.and_(moves, simd.equal(best_block, np.int32(block)))
                     simd.store_fp32(scratch + _CODES + j, simd.choose(here, moved, code))
             else:
-                scale = _NAN
-                if peak < _INF:
-                    scale = _storable(simd.fold(dot) / simd.fold(norm) * power)
+                scale = NAN
+                if peak < INF:
+                    scale = storable(simd.fold(dot) / simd.fold(norm) * power)
                 simd.store_half(scales + 2 * stored, scale)
                 stored += 1
-                if scale == np.int32(0) or scale == _NAN:
+                if scale == np.int32(0) or scale == NAN:
                     for block in range(blocks):
                         simd.store_fp32(scratch + _CODES + 4 * 32 * block, simd.splat(half))
             for j in range(0, n, 32):
@@ -273,15 +201,12 @@ def _reduce(
                 sum_ = simd.splat(np.int32(0))
                 for wire in range(wires):
                     codes = load_codes(min(32, n - j), at + j, planes, wire * stride, bits, scratch)
-                    signed = simd.sub(codes, half)
-                    negative = simd.shift_right(signed, np.int32(31))
-                    k = simd.and_(simd.xor(signed, negative), half - np.int32(1))
-                    level = simd.or_(_level(levels, k, bits), simd.shift_left(negative, np.int32(31)))
+                    level = signed_level(levels, simd.sub(codes, half), bits)
                     values = simd.fmul(level, simd.as_float(simd.load_word(factors + 4 * wire)))
                     sum_ = values if wire == 0 else simd.fadd(sum_, values)
                 simd.store_fp32(total + 4 * j, sum_)
             if turned:
-                _rotate(total, n, True)
+                rotate(total, n, True)
             for j in range(0, n, 32):
                 values = simd.load_fp32(total + 4 * j)
                 if turned:
@@ -314,7 +239,7 @@ def encode_rows(codec: Gauss, x: torch.Tensor, wire: torch.Tensor) -> None:
         codec.bits,
         codec.group,
         codec.rotates,
-        _signs.data_ptr(),
+        SIGN_BITS.data_ptr(),
         tables.data_ptr(),
         tables[64:].data_ptr(),
         scratch.data_ptr(),
@@ -337,7 +262,7 @@ def reduce_rows(codec: Gauss, wires: torch.Tensor, out: torch.Tensor) -> None:
         codec.bits,
         codec.group,
         codec.rotates,
-        _signs.data_ptr(),
+        SIGN_BITS.data_ptr(),
         tables.data_ptr(),
         target.data_ptr(),
         target.dtype == torch.bfloat16,

@@ -115,6 +115,7 @@ load_half, store_half = _loader(ir.IntType(16), types.int32, 1), _storer(ir.IntT
 load_word, store_word = _loader(_i32, types.int32, 1), _storer(_i32, types.int32, 1)
 load_fp32, store_fp32 = _loader(_i32, Vector, LANES), _storer(_i32, Vector, LANES)
 store_bf16 = _storer(ir.IntType(16), Vector, LANES, _round_to_bf16)
+load_bytes = _loader(_i8, Vector, LANES)
 _load_halves = _loader(ir.IntType(16), Vector, LANES)
 
 
@@ -286,6 +287,21 @@ canonical = _unary(Vector, Vector, _canonical)
 butterfly = _unary(Vector, Vector, _butterfly)
 fold = _unary(types.float32, Vector, _fold)
 is_odd = _unary(types.int32, Vector, _is_odd)
+
+
+def _shifted(by: int):
+    @intrinsic
+    def shifted(context, before, value):
+        def generate(context, builder, signature, arguments):
+            order = _constants(range(LANES - by, 2 * LANES - by))
+            return builder.shuffle_vector(arguments[0], arguments[1], order)
+
+        return Vector(Vector, Vector), generate
+
+    return shifted
+
+
+shifted1, shifted2 = _shifted(1), _shifted(2)  # the lanes one or two places on, after those of the vector before
 
 
 @intrinsic

@@ -2,7 +2,7 @@
 
     SPEC   := LEG [ "/" LEG ]          one leg: used for both hops of the all-reduce; two: scatter leg / gather leg
     LEG    := NAME ( ":" OPTION )*
-    OPTION := g32 | g64 | g128 | g256 | sym | spike | outliers=FRACTION
+    OPTION := g32 | g64 | g128 | g256 | sym | spike | trellis | outliers=FRACTION
 
 Which options a codec takes, and what it does without them, is the table `FAMILIES`.
 """
@@ -39,7 +39,8 @@ class Family:
 FAMILIES = (
     Family(PASSTHROUGH, 0, outliers=False),
     Family(INTEGERS, 32, ("sym", "spike")),
-    Family(GAUSS, 128),
+    Family(GAUSS[:4], 128, ("trellis",)),
+    Family(GAUSS[4:], 128),
     Family(SELECTIVE, 0, outliers=Fraction(1, 64)),
     Family(FLOATS, 128),
     Family(MICROSCALING, 0),
@@ -55,6 +56,7 @@ class Leg:
     group: int = 0
     sym: bool = False
     spike: bool = False
+    trellis: bool = False
     outliers: Fraction | None = None
 
     @property
@@ -160,7 +162,8 @@ def _option_kind(option: str, where: str) -> str:
             raise ConfigError(f"option {option!r} {where}: give a fraction above 0 and up to 1, such as outliers=1/64")
         return "outliers"
     raise ConfigError(
-        f"unknown option {option!r} {where}: use g32, g64, g128, g256, sym, spike or outliers=1/64, as the codec allows"
+        f"unknown option {option!r} {where}: use g32, g64, g128, g256, sym, spike, trellis or outliers=1/64, as the "
+        "codec allows"
     )
 
 

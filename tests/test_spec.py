@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 import megatron_lowbit as lowbit
 from megatron_lowbit import spec
 
-OPTIONS = ["g32", "g64", "g128", "g256", "sym", "spike", "outliers=1/64", "outliers=1/8"]
+OPTIONS = ["g32", "g64", "g128", "g256", "sym", "spike", "trellis", "outliers=1/64", "outliers=1/8"]
 
 
 def allowed(family: spec.Family) -> list[str]:
     options = OPTIONS[:4] if family.group else []
-    return [*options, *family.flags, *([] if family.outliers is False else OPTIONS[6:])]
+    return [*options, *family.flags, *([] if family.outliers is False else OPTIONS[7:])]
 
 
 def kind(option: str) -> str:
@@ -66,7 +66,7 @@ def test_defaults_and_spelling():
         ("int4:outliers=1e999999999", "fraction above 0"),
         ("gauss8", "gauss2, gauss3"),
         ("mxfp4:g32", "'mxfp4' takes outliers=FRACTION; leave it out"),
-        ("gauss4:sym", "'gauss4' takes g32, g64, g128, g256, outliers=FRACTION; leave it out"),
+        ("gauss4:sym", "'gauss4' takes g32, g64, g128, g256, trellis, outliers=FRACTION; leave it out"),
         (4, "a spec is a string, not int"),
         (["int4"], "a spec is a string, not list"),
         ("int4:g032", "unknown option"),

@@ -13,6 +13,7 @@ from .gauss import Gauss
 from .outliers import Outliers
 from .passthrough import Passthrough
 from .selective import Selective
+from .trellis import Trellis
 
 __all__ = ["Codec", "codec", "make"]
 
@@ -34,5 +35,5 @@ def make(leg: Leg) -> Codec:
     if leg.name in INTEGERS and not leg.spike:
         return Affine(leg)
     if leg.name in GAUSS:
-        return Gauss(leg)
+        return Trellis(leg) if leg.trellis else Gauss(leg)
     raise ConfigError(f"codec {str(leg)!r} is not available in this version")

@@ -44,11 +44,16 @@ class Gauss(Codec):
 
     def __init__(self, leg: Leg, rotates: bool = True) -> None:
         self.spec = str(leg)
-        self.bits, self.group, self.rotates = leg.bits, leg.group, rotates
+        self.bits, self.group, self.rotates, self.hides = leg.bits, leg.group, rotates, leg.group == HIDING
         self.levels = torch.tensor(LEVELS[leg.bits])
         self.thresholds = (self.levels[1:] + self.levels[:-1]) * 0.5
         self.transform = ("hadamard", leg.group) if rotates else None
-        self._inner = Gauss(leg, rotates=False) if rotates else self
+        self._inner = type(self)(leg, rotates=False) if rotates else self
+
+    @property
+    def zero(self) -> int:
+        """The code of a group whose scale is 0."""
+        return 2 ** (self.bits - 1)
 
     @property
     def inner(self) -> Codec:
@@ -59,7 +64,7 @@ class Gauss(Codec):
 
     def scales_per_row(self, features: int) -> int:
         """Groups of a row whose scale is stored."""
-        return bool(features % HIDING) if self.group == HIDING else -(-features // self.group)
+        return bool(features % HIDING) if self.hides else -(-features // self.group)
 
     def sections(self, rows: int, features: int) -> list[tuple[str, int]]:
         result = [(f"plane{w}", packing.plane_nbytes(rows, features, w)) for w in packing.planes(self.bits)]
@@ -68,13 +73,11 @@ class Gauss(Codec):
 
     def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         if backend.of(x.device) == "numba":
-            from ..kernels import cpu_gauss
-
-            return cpu_gauss.encode_rows(self, x, wire)
+            return self._kernel().encode_rows(self, x, wire)
         codes, scales = [], []
         for part in self._groups(x.float()):
             z = hadamard.rotate(part) if self.rotates else part
-            hides = z.shape[-1] == HIDING
+            hides = self.hides and z.shape[-1] == HIDING
             c, scale = (self._hide if hides else self._fit)(z)
             codes.append(c.flatten(1))
             scales.append(scale[:, :0] if hides else scale)
@@ -89,15 +92,18 @@ class Gauss(Codec):
 
     def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         if backend.of(out.device) == "numba":
-            from ..kernels import cpu_gauss
-
-            return cpu_gauss.reduce_rows(self, wires, out)
+            return self._kernel().reduce_rows(self, wires, out)
         total = self._decode(wires[0], *out.shape)
         for wire in wires[1:]:
             total += self._decode(wire, *out.shape)
         if self.rotates:
             total = torch.cat([hadamard.unrotate(part).flatten(1) for part in self._groups(total)], 1)
         out.copy_(rounded(total, out.dtype))
+
+    def _kernel(self):
+        from ..kernels import cpu_gauss
+
+        return cpu_gauss
 
     def _groups(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x [rows, features] -> its full groups [rows, groups, group] and its shorter last ones [rows, 1, n]."""
@@ -108,11 +114,19 @@ class Gauss(Codec):
     def _fit(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Groups [rows, groups, n] -> codes uint8, alike; scales bf16 [rows, groups]."""
         w, rms, power, finite = _normalize(z)
-        k = self._nearest(w.abs() * torch.where(rms == 0, 0.0, 1.0 / rms))
-        level = self.levels.to(z.device)[k]
-        scale = (_sum(w.abs() * level) / _sum(level * level) * power).bfloat16()
-        scale = _storable(scale, finite)
-        return torch.where(scale > 0, self._code(k, w < 0), 2 ** (self.bits - 1)).to(torch.uint8), scale.squeeze(-1)
+        codes = self._quantize(w * torch.where(rms == 0, 0.0, 1.0 / rms))
+        level = self._level(codes)
+        scale = _storable((_sum(w * level) / _sum(level * level) * power).bfloat16(), finite)
+        return torch.where(scale > 0, codes, self.zero).to(torch.uint8), scale.squeeze(-1)
+
+    def _quantize(self, u: torch.Tensor) -> torch.Tensor:
+        """Values of rms 1 -> codes."""
+        return self._code(self._nearest(u.abs()), u < 0)
+
+    def _level(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes of whole groups -> levels."""
+        levels = self.levels.to(codes.device)
+        return torch.cat([-levels.flip(0), levels])[codes.int()]
 
     def _hide(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `_fit`, with every scale also hidden in the codes' parities."""
@@ -152,16 +166,15 @@ class Gauss(Codec):
             codes |= packing.unpack(views[f"plane{width}"].view(rows, -1), features, width) << shift
             shift += width
         scales = views["scales"].view(torch.bfloat16).view(rows, -1) if "scales" in views else None
-        levels = self.levels.to(wire.device)
-        levels, parts = torch.cat([-levels.flip(0), levels]), []
+        parts = []
         for part in self._groups(codes):
-            if part.shape[-1] == HIDING:
+            if self.hides and part.shape[-1] == HIDING:
                 parity = part.unflatten(-1, (-1, 16)).sum(-2, dtype=torch.int32) & 1
                 bits = (parity << torch.arange(16, dtype=torch.int32, device=wire.device)).sum(-1, dtype=torch.int32)
                 scale = bits.to(torch.int16).view(torch.bfloat16)
             else:
                 scale = scales[:, -1:] if part.shape[-1] < self.group else scales[:, : part.shape[1]]
-            parts.append((levels[part.int()] * scale.float()[..., None]).flatten(1))
+            parts.append((self._level(part) * scale.float()[..., None]).flatten(1))
         return torch.cat(parts, 1)
 
 
