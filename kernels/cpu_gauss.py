@@ -30,12 +30,11 @@ _GROUP, _CODES, _MOVED, _SCRATCH = 128, 128 + 4 * 256, 128 + 8 * 256, 128 + 12 *
 @inline
 def _level(levels, k, bits):
     """The positive levels of codebook indices k."""
-    if bits == 7:
-        return simd.lookup(levels, k)
-    level = simd.lookup8(levels, k)
-    for eight in range(1, (1 << bits) // 16):
-        here = simd.equal(simd.shift_right(k, np.int32(3)), np.int32(eight))
-        level = simd.choose(here, simd.lookup8(levels + 32 * eight, k), level)
+    low = simd.and_(k, np.int32(15))
+    level = simd.lookup16(levels, low)
+    for segment in range(1, (1 << bits) // 32):
+        here = simd.equal(simd.shift_right(k, np.int32(4)), np.int32(segment))
+        level = simd.choose(here, simd.lookup16(levels + 64 * segment, low), level)
     return level
 
 
@@ -49,17 +48,12 @@ def signed_level(levels, signed, bits):
 
 @inline
 def _index(u, thresholds, bits):
-    """The number of thresholds below u: first among every 2**(bits - 4)-th of them, then within that segment."""
-    fine = max(1, (1 << bits) >> 4)
-    coarse = simd.splat(np.int32(0))
-    for segment in range(1, (1 << (bits - 1)) // fine):
-        threshold = simd.as_float(simd.load_word(thresholds + 4 * (segment * fine - 1)))
-        coarse = simd.sub(coarse, simd.fless(threshold, u))
-    k = coarse
-    if fine > 1:
-        k = simd.shift_left(coarse, np.int32(max(0, bits - 4)))
-        for step in range(fine - 1):
-            k = simd.sub(k, simd.fless(simd.lookup8(thresholds + 4 * 64 + 32 * step, coarse), u))
+    """The number of thresholds below u: of segments of 16 first, then within the segment."""
+    k = simd.search16(u, thresholds, min(16, 1 << (bits - 1)))
+    for segment in range(1, (1 << bits) // 32):
+        beyond = simd.fless(simd.as_float(simd.load_word(thresholds + 64 * segment - 4)), u)
+        within = simd.add(simd.search16(u, thresholds + 64 * segment, 16), np.int32(16 * segment))
+        k = simd.choose(beyond, within, k)
     return k
 
 
@@ -217,13 +211,10 @@ def _reduce(
 
 @lru_cache
 def _tables(bits: int) -> torch.Tensor:
-    """64 levels, 64 thresholds, and the thresholds within a segment, as `_index` looks them up: [step, segment]."""
+    """64 levels, then the 64 thresholds, of which the last is none."""
     levels = torch.tensor(LEVELS[bits])
-    thresholds, steps, fine = (levels[1:] + levels[:-1]) * 0.5, torch.zeros(8, 8), max(1, 2**bits >> 4)
-    if fine > 1:
-        steps[: fine - 1] = thresholds[torch.arange(fine - 1)[:, None] + fine * torch.arange(8)]
-    pad = torch.nn.functional.pad
-    return torch.cat([pad(levels, (0, 64 - len(levels))), pad(thresholds, (0, 64 - len(thresholds))), steps.flatten()])
+    thresholds, pad = (levels[1:] + levels[:-1]) * 0.5, torch.nn.functional.pad
+    return torch.cat([pad(levels, (0, 64 - len(levels))), pad(thresholds, (0, 64 - len(thresholds)))])
 
 
 def encode_rows(codec: Gauss, x: torch.Tensor, wire: torch.Tensor) -> None:

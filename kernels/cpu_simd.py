@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -35,6 +36,7 @@ def jit(function):
 
 inline = numba.njit(inline="always", error_model="numpy")
 
+_HAS_AVX512 = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
 _i8, _i32, _f32 = ir.IntType(8), ir.IntType(32), ir.FloatType()
 _ints, _floats = ir.VectorType(_i32, LANES), ir.VectorType(_f32, LANES)
 
@@ -315,42 +317,60 @@ def lookup(context, address, indices):
     """32 words at address + 4 * index, without any check."""
 
     def generate(context, builder, signature, arguments):
-        i64 = ir.IntType(64)
-        wide = ir.VectorType(i64, LANES)
-        base = _shuffle(
-            builder,
-            builder.insert_element(ir.Constant(wide, ir.Undefined), arguments[0], ir.Constant(_i32, 0)),
-            [0] * LANES,
-        )
+        wide = ir.VectorType(ir.IntType(64), LANES)
         offsets = builder.shl(builder.zext(arguments[1], wide), ir.Constant(wide, [2] * LANES))
-        pointers = builder.inttoptr(builder.add(base, offsets), ir.VectorType(_i32.as_pointer(), LANES))
-        mask = ir.VectorType(ir.IntType(1), LANES)
-        function = cgutils.get_or_insert_function(
+        pointers = builder.inttoptr(
+            builder.add(_splat(builder, arguments[0]), offsets), ir.VectorType(_i32.as_pointer(), LANES)
+        )
+        everywhere = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [1] * LANES)
+        gather = cgutils.get_or_insert_function(
             builder.module,
-            ir.FunctionType(_ints, [pointers.type, _i32, mask, _ints]),
+            ir.FunctionType(_ints, [pointers.type, _i32, everywhere.type, _ints]),
             f"llvm.masked.gather.v{LANES}i32.v{LANES}p0",
         )
-        everywhere = ir.Constant(mask, [1] * LANES)
-        return builder.call(function, [pointers, ir.Constant(_i32, 4), everywhere, ir.Constant(_ints, ir.Undefined)])
+        return builder.call(gather, [pointers, ir.Constant(_i32, 4), everywhere, ir.Constant(_ints, ir.Undefined)])
 
     return Vector(types.int64, Vector), generate
 
 
 @intrinsic
-def lookup8(context, address, indices):
-    """32 words of a table of 8, by the low 3 bits of the indices: a tree of selections, faster than `lookup`."""
+def lookup16(context, address, indices):
+    """32 words of a table of 16, by indices below 16; much faster than `lookup`.
+
+    One instruction per 16 lanes where the processor has AVX-512, else a tree of selections.
+    """
 
     def generate(context, builder, signature, arguments):
-        i64 = ir.IntType(64)
-        values = []
-        for entry in range(8):
-            at = builder.add(arguments[0], ir.Constant(i64, 4 * entry))
-            values.append(_splat(builder, builder.load(builder.inttoptr(at, _i32.as_pointer()), align=4)))
-        for bit in range(3):
-            is_set = builder.trunc(
-                builder.lshr(arguments[1], _splat(builder, bit)), ir.VectorType(ir.IntType(1), LANES)
+        address, indices = arguments
+        half = ir.VectorType(_i32, 16)
+        if _HAS_AVX512:
+            table = builder.load(builder.inttoptr(address, half.as_pointer()), align=4)
+            permute = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(half, [half, half]), "llvm.x86.avx512.permvar.si.512"
             )
+            low, high = (
+                builder.call(permute, [table, _shuffle(builder, indices, range(start, start + 16))])
+                for start in (0, 16)
+            )
+            return builder.shuffle_vector(low, high, _constants(range(LANES)))
+        values = []
+        for entry in range(16):
+            at = builder.inttoptr(builder.add(address, ir.Constant(ir.IntType(64), 4 * entry)), _i32.as_pointer())
+            values.append(_splat(builder, builder.load(at, align=4)))
+        for bit in range(4):
+            is_set = builder.trunc(builder.lshr(indices, _splat(builder, bit)), ir.VectorType(ir.IntType(1), LANES))
             values = [builder.select(is_set, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
         return values[0]
 
     return Vector(types.int64, Vector), generate
+
+
+@inline
+def search16(values, table, count):
+    """The number of `table`'s first count - 1 <= 15 ascending fp32 below each value; count: a power of two."""
+    found, step = splat(np.int32(0)), count // 2
+    while step > 0:
+        probe = lookup16(table, add(found, np.int32(step - 1)))
+        found = add(found, and_(fless(probe, values), np.int32(step)))
+        step //= 2
+    return found

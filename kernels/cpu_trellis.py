@@ -37,11 +37,8 @@ _UNREACHABLE = np.float32(UNREACHABLE)
 @inline
 def _nearest(u, table, count):
     """The nearest of a subset's levels: its index and squared distance. table: 16 levels, then 16 thresholds."""
-    index, level = simd.splat(np.int32(0)), simd.splat(simd.load_word(table))
-    for j in range(1, count):
-        above = simd.fless(simd.as_float(simd.load_word(table + 64 + 4 * (j - 1))), u)
-        index = simd.sub(index, above)
-        level = simd.choose(above, simd.splat(simd.load_word(table + 4 * j)), level)
+    index = simd.search16(u, table + 64, count)
+    level = simd.lookup16(table, index)
     distance = simd.fsub(u, level)
     return index, simd.fmul(distance, distance)
 
