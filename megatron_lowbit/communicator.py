@@ -81,7 +81,7 @@ class Communicator:
         telemetry.record(
             site,
             values=x.numel(),
-            world=self.world,
+            plain=telemetry.ring_bytes(2 * x.numel(), self.world),
             sent=sent,
             path=decision.algorithm,
             backend=backend.of(x.device),
