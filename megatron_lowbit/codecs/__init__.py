@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
+
 from ..errors import ConfigError
 from ..spec import INTEGERS, PASSTHROUGH, Leg, parse_leg
+from . import passthrough
 from .affine import Affine
 from .base import Codec
 from .passthrough import Passthrough
 
-__all__ = ["Codec", "codec", "make"]
+__all__ = ["Codec", "codec", "make", "plain"]
 
 
 def codec(spec: str) -> Codec:
@@ -26,3 +29,8 @@ def make(leg: Leg) -> Codec:
     if leg.name in INTEGERS and not leg.spike and not leg.outliers:
         return Affine(leg)
     raise ConfigError(f"codec {str(leg)!r} is not available in this version")
+
+
+def plain(dtype: torch.dtype) -> Codec:
+    """The passthrough codec that leaves values of `dtype` as they are."""
+    return make(Leg(next(name for name, own in passthrough.DTYPES.items() if own == dtype)))

@@ -11,13 +11,13 @@ import torch
 from ..spec import Leg
 from .base import ALIGNMENT, Codec
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Passthrough(Codec):
     def __init__(self, leg: Leg) -> None:
         self.spec = str(leg)
-        self.dtype = _DTYPES[leg.name]
+        self.dtype = DTYPES[leg.name]
 
     def granularity(self, features: int) -> int:
         return ALIGNMENT // self.dtype.itemsize  # shards of whole 16-byte words

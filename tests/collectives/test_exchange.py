@@ -97,6 +97,46 @@ def test_every_call_can_be_checked():
         assert messages[1].startswith("ranks disagree on shape: rank 0 has [8, 64], rank 1 has [8, 128]")
 
 
+def _all_checked(rank, world):
+    os.environ["LOWBIT_CHECK"] = "1"
+    x, odd = torch.zeros(6, 6), rank == 1
+    agreed = [
+        lowbit.reduce_scatter(x, "int4:g32", dim=-2),
+        lowbit.all_gather(x, "int4:g32"),
+        lowbit.all_to_all(x[: 3 * (1 + rank)], "int4:g32", output_splits=[1, 2, 2]),  # shapes differ rightly
+    ]
+    messages = []
+    for call in (
+        lambda: lowbit.reduce_scatter(x, "int4:g32", dim=-1 if odd else 0),
+        lambda: lowbit.all_gather(x[: 5 + odd], "int4:g32"),
+        lambda: lowbit.all_gather(x.half() if odd else x, "int4:g32", dim=1),
+        lambda: lowbit.all_to_all(torch.zeros(3, 4 + odd), "int4:g32"),
+        lambda: lowbit.all_to_all(x, "int4:g32", output_splits=[3, 2, 2] if odd else None),
+        lambda: lowbit.all_gather(x, "int4:g32") if odd else lowbit.reduce_scatter(x, "int4:g32"),
+    ):
+        try:
+            call()
+        except lowbit.RankError as error:
+            messages.append(str(error))
+    return [[list(y.shape) for y in agreed], messages]
+
+
+def test_every_collective_can_be_checked():
+    for rank, (shapes, messages) in enumerate(run_ranks(3, _all_checked)):
+        assert shapes == [[2, 6], [18, 6], [5, 6]], rank
+        expected = [
+            "dim: rank 0 has 0, rank 1 has 1",
+            "shape: rank 0 has [5, 6], rank 1 has [6, 6]",
+            "dtype: rank 0 has 'torch.float32', rank 1 has 'torch.float16'",
+            "shape of a row: rank 0 has [4], rank 1 has [5]",
+            "rows from rank 0 to rank 1: rank 0 has 2, rank 1 has 3",
+            "collective: rank 0 has 'reduce_scatter', rank 1 has 'all_gather'",
+        ]
+        assert [message.startswith(f"ranks disagree on {start}") for message, start in zip(messages, expected)] == [
+            True
+        ] * 6
+
+
 def _made_anew(rank, world, folder):
     """A second world over the same store must not read what the first one left there."""
     import torch.distributed as dist
