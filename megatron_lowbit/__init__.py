@@ -12,9 +12,10 @@ from importlib import import_module as _import_module
 from pathlib import Path as _Path
 
 from .codecs import Codec, codec
-from .communicator import Communicator, all_reduce
+from .communicator import Communicator
 from .config import CommConfig
 from .errors import ConfigError, LowBitError, ModelError, RankError
+from .functional import all_gather, all_reduce, all_to_all, reduce_scatter
 from .telemetry import reset_stats, stats
 
 __version__ = "0.1.0"
@@ -26,10 +27,13 @@ __all__ = [
     "LowBitError",
     "ModelError",
     "RankError",
+    "all_gather",
     "all_reduce",
+    "all_to_all",
     "codec",
     "kernels",
     "patches",
+    "reduce_scatter",
     "reset_stats",
     "simulate",
     "stats",

@@ -1,18 +1,22 @@
-"""A process group, a CommConfig and the buffers between them: what the patches and the functional interface call."""
+"""A process group, a CommConfig and the buffers between them: what the patches and the functional interface call.
+
+Of the spec's two legs, reduce-scatter and all-to-all use the first, all-gather the second, all-reduce both. Algorithms
+and `min_bytes` are all-reduce's; the other collectives have one way, and compress messages of any size.
+"""
 
 from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from . import policy, telemetry
-from .codecs import backend, make
+from .codecs import Codec, backend, make, plain
 from .codecs.base import check_tensor
-from .collectives import all_reduce as _all_reduce
-from .collectives import exchange
+from .collectives import all_gather, all_reduce, all_to_all, exchange, layout, reduce_scatter
 from .config import CommConfig
 from .errors import ConfigError, RankError
 
@@ -62,39 +66,109 @@ class Communicator:
         All ranks pass the same shape and dtype. Raises ConfigError for a tensor that cannot be compressed, RankError
         when the exchange fails because a rank died or stalled beyond the group's timeout.
         """
-        check_tensor(x)
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ConfigError(
-                "x requires grad, and a compressed all-reduce has no gradient: call it under torch.no_grad()"
-            )
-        if self._every_call_is_checked() and self.world > 1:
-            facts = {"spec": self.config.spec, "site": site, "shape": list(x.shape), "dtype": str(x.dtype)}
-            exchange.compare(facts, self.group)
+        _check(x)
+        self._compare("all_reduce", x, site, shape=list(x.shape))
         decision = policy.choose(self.config, site, x.numel() * x.itemsize, self.world, x.device.type)
         if decision.algorithm == "exact":
-            out = _all_reduce.exact(x, self.group) if x.numel() and self.world > 1 else x.clone()
+            out = all_reduce.exact(x, self.group) if x.numel() and self.world > 1 else x.clone()
             sent = telemetry.ring_bytes(x.numel() * x.itemsize, self.world)
         elif decision.algorithm == "one-shot":
-            out, sent = _all_reduce.one_shot(x.contiguous(), self.scatter, self.group, self._workspace)
+            out, sent = all_reduce.one_shot(x.contiguous(), self._codecs(site)[0], self.group, self._workspace)
         else:
-            out, sent = _all_reduce.two_step(x.contiguous(), self.scatter, self.gather, self.group, self._workspace)
+            out, sent = all_reduce.two_step(x.contiguous(), *self._codecs(site), self.group, self._workspace)
+        self._count(x, site, decision, sent, telemetry.ring_bytes(2 * x.numel(), self.world))
+        return out
+
+    def reduce_scatter(self, x: torch.Tensor, dim: int = 0, site: str = "reduce_scatter") -> torch.Tensor:
+        """Sum of x over the group, of which rank r keeps the r-th of N equal chunks along `dim` -> a new tensor.
+
+        All ranks pass the same shape, dtype and dim. Raises as `all_reduce` does, and ConfigError for a dimension that
+        the ranks cannot share equally.
+        """
+        _check(x)
+        chunks = layout.chunks(x, dim, self.world)
+        self._compare("reduce_scatter", x, site, shape=list(x.shape), dim=layout.dimension(x, dim))
+        decision, codec = self._choose("reduce-scatter", x, site, leg=0, empty=not x.numel())
+        out, sent = reduce_scatter.reduce_scatter(chunks, codec, self.group, self._workspace)
+        self._count(x, site, decision, sent, 2 * (x.numel() - out.numel()))
+        return out
+
+    def all_gather(self, x: torch.Tensor, dim: int = 0, site: str = "all_gather") -> torch.Tensor:
+        """All ranks' x along `dim`, in rank order -> a new tensor, the same on every rank.
+
+        All ranks pass the same shape, dtype and dim. Raises as `all_reduce` does, and ConfigError for a wrong dim.
+        """
+        _check(x)
+        dim = layout.dimension(x, dim)
+        self._compare("all_gather", x, site, shape=list(x.shape), dim=dim)
+        decision, codec = self._choose("all-gather", x, site, leg=1, empty=not x.numel())
+        out, sent = all_gather.all_gather(x, dim, codec, self.group, self._workspace)
+        self._count(x, site, decision, sent, 2 * (out.numel() - x.numel()))
+        return out
+
+    def all_to_all(
+        self,
+        x: torch.Tensor,
+        output_splits: Sequence[int] | None = None,
+        input_splits: Sequence[int] | None = None,
+        site: str = "all_to_all",
+    ) -> torch.Tensor:
+        """Along dim 0, input_splits[r] rows of x go to rank r and output_splits[r] rows come from it -> a new tensor.
+
+        Without input_splits x is cut into equal parts; without both, so is what comes. All ranks pass the same dtype,
+        and the same shape but for dim 0. Raises as `all_reduce` does, and ConfigError for splits that cannot be right.
+        """
+        _check(x)
+        me = dist.get_rank(self.group)
+        sends, receives = layout.rows_exchanged(x, input_splits, output_splits, self.world, me)
+        facts = {"shape of a row": list(x.shape[1:])}
+        facts |= {f"rows from rank {me} to rank {rank}": sends[rank] for rank in range(self.world)}
+        facts |= {f"rows from rank {rank} to rank {me}": receives[rank] for rank in range(self.world)}
+        self._compare("all_to_all", x, site, **facts)
+        # Whether all rows are empty is known to all ranks; that this rank has none says nothing about the others.
+        decision, codec = self._choose("all-to-all", x, site, leg=0, empty=0 in x.shape[1:])
+        out, sent = all_to_all.all_to_all(x, sends, receives, codec, self.group, self._workspace)
+        self._count(x, site, decision, sent, 2 * (x.numel() - x[: sends[me]].numel()))
+        return out
+
+    def _codecs(self, site: str) -> tuple[Codec, Codec]:
+        """What a call at `site` uses for the scatter leg and for the gather leg."""
+        return self.scatter, self.gather
+
+    def _choose(self, path: str, x: torch.Tensor, site: str, leg: int, empty: bool) -> tuple[policy.Decision, Codec]:
+        """For a collective that has one path: whether to take it or to go exact, and the codec for that."""
+        decision = policy.bypass(self.config, site, self.world, empty) or policy.Decision(path)
+        return decision, plain(x.dtype) if decision.algorithm == "exact" else self._codecs(site)[leg]
+
+    def _compare(self, collective: str, x: torch.Tensor, site: str, **facts: object) -> None:
+        """With LOWBIT_CHECK=1, check that all ranks make this call alike. Raises RankError."""
+        if _every_call_is_checked() and self.world > 1:
+            facts |= {"collective": collective, "spec": self.config.spec, "site": site, "dtype": str(x.dtype)}
+            exchange.compare(facts, self.group)
+
+    def _count(self, x: torch.Tensor, site: str, decision: policy.Decision, sent: int, plain_bytes: int) -> None:
         telemetry.record(
             site,
             values=x.numel(),
-            world=self.world,
+            plain=plain_bytes,
             sent=sent,
             path=decision.algorithm,
             backend=backend.of(x.device),
             fallback=decision.fallback,
         )
-        return out
 
-    @staticmethod
-    def _every_call_is_checked() -> bool:
-        value = os.environ.get("LOWBIT_CHECK", "")
-        if value not in ("", "0", "1"):
-            raise ConfigError(f"LOWBIT_CHECK={value!r} is unknown: set it to 1 or 0, or leave it unset")
-        return value == "1"
+
+def _check(x: torch.Tensor) -> None:
+    check_tensor(x)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ConfigError("x requires grad, and compressed collectives have no gradient: call under torch.no_grad()")
+
+
+def _every_call_is_checked() -> bool:
+    value = os.environ.get("LOWBIT_CHECK", "")
+    if value not in ("", "0", "1"):
+        raise ConfigError(f"LOWBIT_CHECK={value!r} is unknown: set it to 1 or 0, or leave it unset")
+    return value == "1"
 
 
 _communicators: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[CommConfig, Communicator]]
@@ -109,22 +183,6 @@ def communicator(group: dist.ProcessGroup | None, config: CommConfig) -> Communi
     if config not in known:
         known[config] = Communicator(group, config)
     return known[config]
-
-
-def all_reduce(
-    x: torch.Tensor,
-    spec: str,
-    group: dist.ProcessGroup | None = None,
-    algorithm: str = "auto",
-    min_bytes: int | None = None,
-) -> torch.Tensor:
-    """Sum of x [..., features] (bf16, fp16 or fp32) over `group` (default: all ranks) -> a new tensor.
-
-    spec, algorithm, min_bytes: as in CommConfig. The first call with other settings is where ranks compare them.
-    Raises ConfigError (value and remedy in the message) and RankError, as Communicator does.
-    """
-    check_tensor(x)
-    return communicator(group, CommConfig(spec=spec, algorithm=algorithm, min_bytes=min_bytes)).all_reduce(x)
 
 
 def _resolve(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

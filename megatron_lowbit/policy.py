@@ -15,22 +15,16 @@ MIN_BYTES: dict[str, tuple[int, str]] = {
 
 @dataclass(frozen=True)
 class Decision:
-    """algorithm: "one-shot", "two-step" or "exact"; fallback: why exact although a codec is configured, or None."""
+    """algorithm: the path, such as "two-step" or "exact"; fallback: why exact although a codec is configured, if so."""
 
     algorithm: str
     fallback: str | None = None
 
 
 def choose(config: CommConfig, site: str, nbytes: int, world: int, device: str) -> Decision:
-    """The algorithm for a message of `nbytes` (in its own dtype) among `world` ranks on a device type like "cuda"."""
-    if config.algorithm == "exact":
-        return Decision("exact")
-    if world == 1:
-        return Decision("exact", "world of one rank")
-    if not config.selects(site):
-        return Decision("exact", "site not selected")
-    if nbytes == 0:
-        return Decision("exact", "empty message")
+    """The algorithm to all-reduce `nbytes` (in their own dtype) among `world` ranks on a device type like "cuda"."""
+    if (exact := bypass(config, site, world, nbytes == 0)) is not None:
+        return exact
     if nbytes < minimum(config, device):
         return Decision("exact", "below min_bytes")
     if config.algorithm != "auto":
@@ -38,6 +32,19 @@ def choose(config: CommConfig, site: str, nbytes: int, world: int, device: str) 
     # Two ranks: one-shot sends no more than two-step and quantizes once instead of twice. From three ranks on it sends
     # N / 2 times as much.
     return Decision("one-shot" if world == 2 else "two-step")
+
+
+def bypass(config: CommConfig, site: str, world: int, empty: bool) -> Decision | None:
+    """Why a call of any collective goes exact whatever its size, or None. `empty`: on all ranks, and all know."""
+    if config.algorithm == "exact":
+        return Decision("exact")
+    if world == 1:
+        return Decision("exact", "world of one rank")
+    if not config.selects(site):
+        return Decision("exact", "site not selected")
+    if empty:
+        return Decision("exact", "empty message")
+    return None
 
 
 def minimum(config: CommConfig, device: str) -> int:

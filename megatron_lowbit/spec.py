@@ -1,6 +1,6 @@
 """The one-line spec: what travels on each leg of a collective.
 
-    SPEC   := LEG [ "/" LEG ]          one leg: used for both hops of the all-reduce; two: scatter leg / gather leg
+    SPEC   := LEG [ "/" LEG ]          one leg: used everywhere; two: scatter leg / gather leg
     LEG    := NAME ( ":" OPTION )*
     OPTION := g32 | g64 | g128 | g256 | sym | spike | trellis | outliers=FRACTION
 
@@ -82,7 +82,7 @@ class Leg:
 
 @dataclass(frozen=True)
 class Spec:
-    """Codecs of the two hops of an all-reduce. `str()` gives the canonical spelling."""
+    """Codecs of the hop that scatters and of the one that gathers. `str()` gives the canonical spelling."""
 
     scatter: Leg
     gather: Leg

@@ -28,14 +28,18 @@ def ring_bytes(nbytes: int, world: int) -> int:
     return 2 * nbytes * (world - 1) // world
 
 
-def record(site: str, *, values: int, world: int, sent: int, path: str, backend: str, fallback: str | None) -> None:
-    """Count one call. `fallback`: why the call went uncompressed although a codec is configured, or None."""
+def record(site: str, *, values: int, plain: int, sent: int, path: str, backend: str, fallback: str | None) -> None:
+    """Count one call.
+
+    plain: bytes this rank would have sent in the same collective in plain bf16. fallback: why the call went
+    uncompressed although a codec is configured, or None.
+    """
     with _lock:
         counters = _sites.setdefault(site, Site())
         counters.calls += 1
         counters.values += values
         counters.bytes_sent += sent
-        counters.bytes_bf16 += ring_bytes(2 * values, world)
+        counters.bytes_bf16 += plain
         counters.paths[path] += 1
         if path != "exact":
             counters.backends[backend] += 1
@@ -46,8 +50,9 @@ def record(site: str, *, values: int, world: int, sent: int, path: str, backend:
 def stats() -> dict[str, dict]:
     """Per site, since the start or `reset_stats()`, on this rank:
 
-    calls, values; bytes_sent; bytes_bf16 (what an exact bf16 ring all-reduce would have sent); paths {"one-shot",
-    "two-step" or "exact": calls}; backends {name: compressed calls}; fallbacks {reason: calls that went exact}.
+    calls, values; bytes_sent; bytes_bf16 (what the exact collective would have sent in bf16, an all-reduce as a ring);
+    paths {"one-shot", "two-step", "reduce-scatter", "all-gather", "all-to-all" or "exact": calls}; backends {name:
+    compressed calls}; fallbacks {reason: calls that went exact}.
     """
     with _lock:
         return {

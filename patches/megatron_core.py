@@ -158,7 +158,7 @@ def _forward(self: RowParallelLinear, input_: torch.Tensor, config: CommConfig, 
         telemetry.record(
             site,
             values=out[0].numel(),
-            world=group.size(),
+            plain=telemetry.ring_bytes(2 * out[0].numel(), group.size()),
             path="exact",
             backend="",
             sent=telemetry.ring_bytes(out[0].numel() * out[0].itemsize, group.size()),

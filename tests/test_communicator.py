@@ -10,9 +10,10 @@ from megatron_lowbit.communicator import _communicators
 from tests.ranks import run_ranks
 
 
-def test_without_a_process_group():
+@pytest.mark.parametrize("collective", [lowbit.all_reduce, lowbit.reduce_scatter, lowbit.all_gather, lowbit.all_to_all])
+def test_without_a_process_group(collective):
     with pytest.raises(lowbit.ConfigError, match="init_process_group first, or start the program with torchrun"):
-        lowbit.all_reduce(torch.zeros(4), "int4:g32")
+        collective(torch.zeros(4), "int4:g32")
 
 
 def _bad_input(rank, world):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from megatron_lowbit.config import ALGORITHMS, CommConfig
-from megatron_lowbit.policy import MIN_BYTES, Decision, choose, minimum
+from megatron_lowbit.policy import MIN_BYTES, Decision, bypass, choose, minimum
 
 
 def test_over_the_whole_input_space():
@@ -37,3 +37,18 @@ def test_auto_has_a_measured_threshold_and_a_named_algorithm_none(device):
     assert minimum(CommConfig(algorithm="two-step"), device) == 0
     assert choose(CommConfig(), "s", limit - 1, 2, device) == Decision("exact", "below min_bytes")
     assert choose(CommConfig(), "s", limit, 2, device) == Decision("one-shot")
+
+
+@pytest.mark.parametrize(
+    "config, site, world, empty, decision",
+    [
+        (CommConfig(), "a", 2, False, None),
+        (CommConfig(min_bytes=1 << 40), "a", 2, False, None),  # sizes differ between the ranks of an all-to-all
+        (CommConfig(algorithm="exact"), "a", 2, False, Decision("exact")),
+        (CommConfig(), "a", 1, True, Decision("exact", "world of one rank")),
+        (CommConfig(sites="b"), "a", 2, True, Decision("exact", "site not selected")),
+        (CommConfig(), "a", 2, True, Decision("exact", "empty message")),
+    ],
+)
+def test_reasons_that_hold_whatever_the_size(config, site, world, empty, decision):
+    assert bypass(config, site, world, empty) == decision

@@ -6,8 +6,8 @@ from megatron_lowbit import telemetry
 
 def test_counts_and_reset():
     lowbit.reset_stats()
-    telemetry.record("a", values=100, world=4, sent=30, path="two-step", backend="numba", fallback=None)
-    telemetry.record("a", values=10, world=4, sent=30, path="exact", backend="numba", fallback="below min_bytes")
+    telemetry.record("a", values=100, plain=300, sent=30, path="two-step", backend="numba", fallback=None)
+    telemetry.record("a", values=10, plain=30, sent=30, path="exact", backend="numba", fallback="below min_bytes")
     assert lowbit.stats() == {
         "a": {
             "calls": 2,
@@ -23,3 +23,7 @@ def test_counts_and_reset():
     assert lowbit.stats()["a"]["calls"] == 2
     lowbit.reset_stats()
     assert lowbit.stats() == {}
+
+
+def test_a_ring_sends_every_byte_twice_but_for_the_own_share():
+    assert [telemetry.ring_bytes(240, world) for world in (1, 2, 3, 8)] == [0, 240, 320, 420]

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
+import torch
+
 from ..errors import ConfigError
 from ..spec import GAUSS, INTEGERS, PASSTHROUGH, SELECTIVE, Leg, parse_leg
+from . import passthrough
 from .affine import Affine
 from .base import Codec
 from .gauss import Gauss
@@ -15,7 +18,7 @@ from .passthrough import Passthrough
 from .selective import Selective
 from .trellis import Trellis
 
-__all__ = ["Codec", "codec", "make"]
+__all__ = ["Codec", "codec", "make", "plain"]
 
 
 def codec(spec: str) -> Codec:
@@ -37,3 +40,8 @@ def make(leg: Leg) -> Codec:
     if leg.name in GAUSS:
         return Trellis(leg) if leg.trellis else Gauss(leg)
     raise ConfigError(f"codec {str(leg)!r} is not available in this version")
+
+
+def plain(dtype: torch.dtype) -> Codec:
+    """The passthrough codec that leaves values of `dtype` as they are."""
+    return make(Leg(next(name for name, own in passthrough.DTYPES.items() if own == dtype)))

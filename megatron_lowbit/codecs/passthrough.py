@@ -11,13 +11,13 @@ import torch
 from ..spec import Leg
 from .base import ALIGNMENT, Codec
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Passthrough(Codec):
     def __init__(self, leg: Leg) -> None:
         self.spec = str(leg)
-        self.dtype = _DTYPES[leg.name]
+        self.dtype = DTYPES[leg.name]
 
     def granularity(self, features: int) -> int:
         return ALIGNMENT // self.dtype.itemsize  # shards of whole 16-byte words
@@ -27,6 +27,7 @@ class Passthrough(Codec):
 
     def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         self._values(wire, x.shape).copy_(x)
+        self.clear_gaps(wire, *x.shape)
 
     def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         total = self._values(wires[0], out.shape).to(torch.float32, copy=True)

@@ -15,20 +15,17 @@ import torch
 import torch.distributed as dist
 
 from ..codecs.base import Codec, rows_of
-from .exchange import Workspace, all_gather, all_to_all, guarded
+from . import pieces
+from .exchange import Workspace, all_gather, guarded
 from .layout import Shards, shard
 
 
 def one_shot(x: torch.Tensor, codec: Codec, group: dist.ProcessGroup, workspace: Workspace) -> tuple[torch.Tensor, int]:
     """x contiguous, not empty -> (sum over the group, a new tensor of x's shape and dtype; bytes this rank sent)."""
-    world, size = dist.get_world_size(group), codec.wire_nbytes(x.shape)
-    wire = workspace.bytes("send", size, x.device)
-    wires = workspace.bytes("receive", world * size, x.device)
-    codec.encode_rows(x.view(rows_of(x.shape)), wire)
-    all_gather(wires, wire, group)
+    wires, sent = pieces.gather(x, codec, group, workspace)
     out = torch.empty_like(x)
-    codec.reduce_rows(wires.view(world, size), out.view(rows_of(x.shape)))
-    return out, (world - 1) * size
+    codec.reduce_rows(wires, out.view(rows_of(x.shape)))
+    return out, sent
 
 
 def two_step(
@@ -37,13 +34,9 @@ def two_step(
     """As `one_shot`, with one codec per hop."""
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     shards = shard(x.shape, (scatter, gather), world)
-    sizes = shards.wire_nbytes(scatter)
-    pieces = workspace.bytes("send", sum(sizes), x.device)
-    for peer, piece in enumerate(pieces.split(sizes)):
-        if piece.numel():
-            scatter.encode_rows(shards.of(x, peer), piece)
-    received = workspace.bytes("receive", world * sizes[rank], x.device)
-    all_to_all(received, pieces, [sizes[rank]] * world, sizes, group)
+    size = scatter.wire_nbytes(shards.shape(rank))
+    shares = [shards.of(x, peer) for peer in range(world)]
+    received, sent = pieces.scatter(shares, [size] * world, scatter, group, workspace)
 
     slot = max(shards.wire_nbytes(gather))  # all-gather wants one length
     summed = workspace.bytes("send", slot, x.device)
@@ -52,7 +45,7 @@ def two_step(
     all_gather(gathered, summed, group)
     out = torch.empty_like(x)
     decode_shards(gathered.view(world, slot), shards, gather, out)
-    return out, sum(sizes) - sizes[rank] + (world - 1) * slot
+    return out, sent + (world - 1) * slot
 
 
 def reduce_shard(
@@ -71,9 +64,7 @@ def reduce_shard(
 
 def decode_shards(wires: torch.Tensor, shards: Shards, gather: Codec, out: torch.Tensor) -> None:
     """The end of two-step: wires uint8 [ranks, slot], each holding its rank's shard -> out, of the message's shape."""
-    for peer, size in enumerate(shards.wire_nbytes(gather)):
-        if size:
-            gather.sent_by(peer).reduce_rows(wires[peer : peer + 1, :size], shards.of(out, peer))
+    pieces.decode(wires, gather, [shards.of(out, rank) for rank in range(len(wires))])
 
 
 def exact(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

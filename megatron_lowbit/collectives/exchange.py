@@ -66,7 +66,9 @@ def all_to_all(
 
 
 def compare(facts: dict, group: dist.ProcessGroup, first: bool = False) -> None:
-    """Check that all ranks of `group` hold the same JSON-able `facts`. `first`: a rank may still be loading its model.
+    """Check that no two ranks of `group` hold different JSON-able `facts`; a rank may hold some that others lack.
+
+    first: a rank may still be loading its model.
 
     Goes through the process group's store and not through a collective, because a rank that is in another collective
     meanwhile would hang both. Raises RankError, on every rank that compares, naming two ranks and what each of them
@@ -91,13 +93,14 @@ def compare(facts: dict, group: dist.ProcessGroup, first: bool = False) -> None:
                 f"{timeout:g} s; this rank has {facts}: call with the same settings on every rank, and look whether "
                 "that rank is alive"
             ) from error
-    for other, theirs in enumerate(everyone):
-        for key in sorted(everyone[0].keys() | theirs.keys()):
-            if everyone[0].get(key) != theirs.get(key):
+    for key in sorted(set().union(*everyone)):
+        (one, its), *others = [(rank, theirs[key]) for rank, theirs in enumerate(everyone) if key in theirs]
+        for other, theirs in others:
+            if its != theirs:
                 _wait_for_readers(store, keys, me)
                 raise RankError(
-                    f"ranks disagree on {key}: rank 0 has {everyone[0].get(key)!r}, rank {other} has "
-                    f"{theirs.get(key)!r}; start every rank with the same setting (this is rank {me})"
+                    f"ranks disagree on {key}: rank {one} has {its!r}, rank {other} has {theirs!r}; start every rank "
+                    f"with the same setting (this is rank {me})"
                 )
 
 

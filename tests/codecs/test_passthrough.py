@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import megatron_lowbit as lowbit
+from megatron_lowbit.codecs import plain
 
 
 @pytest.mark.parametrize("spec, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
@@ -36,3 +37,10 @@ def test_non_finite_passes():
     x = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1e30]])
     y = lowbit.codec("fp16").decode(lowbit.codec("fp16").encode(x), x.shape, x.dtype)
     assert y[0, 0].isnan() and y[0, 1] == torch.inf and y[0, 2] == -torch.inf and y[0, 3] == torch.inf
+
+
+@pytest.mark.parametrize("spec, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+def test_the_plain_codec_of_a_dtype_changes_nothing(spec, dtype):
+    x = torch.randn(5, 37, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert plain(dtype) == lowbit.codec(spec)
+    assert torch.equal(plain(dtype).decode(plain(dtype).encode(x), x.shape, dtype), x)

@@ -69,12 +69,13 @@ def _modes(rank, world):
                     lowbit.all_reduce(shape[:2], spec, algorithm="two-step")
                 with second():
                     results.append(lowbit.all_reduce(shape, spec, algorithm="two-step").clone())
+                    results.append(lowbit.all_gather(lowbit.reduce_scatter(lowbit.all_to_all(shape, spec), spec), spec))
     return results
 
 
 def test_inference_mode_and_ordinary_mode_share_buffers():
     first, second = run_ranks(2, _modes)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and len(first) == 8
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and len(first) == 16
 
 
 def _checked(rank, world, folder):
@@ -95,6 +96,46 @@ def test_every_call_can_be_checked():
     for messages in run_ranks(2, _checked, ""):
         assert messages[0].startswith("ranks disagree on spec: rank 0 has 'int4:g64:sym', rank 1 has 'int4:g128'")
         assert messages[1].startswith("ranks disagree on shape: rank 0 has [8, 64], rank 1 has [8, 128]")
+
+
+def _all_checked(rank, world):
+    os.environ["LOWBIT_CHECK"] = "1"
+    x, odd = torch.zeros(6, 6), rank == 1
+    agreed = [
+        lowbit.reduce_scatter(x, "int4:g32", dim=-2),
+        lowbit.all_gather(x, "int4:g32"),
+        lowbit.all_to_all(x[: 3 * (1 + rank)], "int4:g32", output_splits=[1, 2, 2]),  # shapes differ rightly
+    ]
+    messages = []
+    for call in (
+        lambda: lowbit.reduce_scatter(x, "int4:g32", dim=-1 if odd else 0),
+        lambda: lowbit.all_gather(x[: 5 + odd], "int4:g32"),
+        lambda: lowbit.all_gather(x.half() if odd else x, "int4:g32", dim=1),
+        lambda: lowbit.all_to_all(torch.zeros(3, 4 + odd), "int4:g32"),
+        lambda: lowbit.all_to_all(x, "int4:g32", output_splits=[3, 2, 2] if odd else None),
+        lambda: lowbit.all_gather(x, "int4:g32") if odd else lowbit.reduce_scatter(x, "int4:g32"),
+    ):
+        try:
+            call()
+        except lowbit.RankError as error:
+            messages.append(str(error))
+    return [[list(y.shape) for y in agreed], messages]
+
+
+def test_every_collective_can_be_checked():
+    for rank, (shapes, messages) in enumerate(run_ranks(3, _all_checked)):
+        assert shapes == [[2, 6], [18, 6], [5, 6]], rank
+        expected = [
+            "dim: rank 0 has 0, rank 1 has 1",
+            "shape: rank 0 has [5, 6], rank 1 has [6, 6]",
+            "dtype: rank 0 has 'torch.float32', rank 1 has 'torch.float16'",
+            "shape of a row: rank 0 has [4], rank 1 has [5]",
+            "rows from rank 0 to rank 1: rank 0 has 2, rank 1 has 3",
+            "collective: rank 0 has 'reduce_scatter', rank 1 has 'all_gather'",
+        ]
+        assert [message.startswith(f"ranks disagree on {start}") for message, start in zip(messages, expected)] == [
+            True
+        ] * 6
 
 
 def _made_anew(rank, world, folder):
