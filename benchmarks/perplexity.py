@@ -19,42 +19,24 @@ from common import save, show
 from rich.progress import Progress
 
 import megatron_lowbit as lowbit
+from megatron_lowbit.engines.simulated_tp import simulated_tp
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SPECS = ["int8:g128", "int6:g128", "int6:g64", "int6:g32", "int5:g128", "int5:g64", "int5:g32", "int4:g32/int8:g128",
          "int4:g128", "int4:g64", "int4:g32", "int4:g32:sym", "int3:g32", "int2:g32", "int2:g32:sym"]  # fmt: skip
 
 
-def row_parallel(model: torch.nn.Module) -> list[torch.nn.Linear]:
-    """The layers whose outputs are partial sums under tensor parallelism."""
-    return [m for layer in model.model.layers for m in (layer.self_attn.o_proj, layer.mlp.down_proj)]
-
-
-def split_forward(linear: torch.nn.Linear, tp: int, spec: str | None, algorithm: str):
-    """A forward of `linear` as `tp` ranks would compute it; spec None: exact."""
-    weights = linear.weight.chunk(tp, dim=1)
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        partials = [torch.nn.functional.linear(part, w) for part, w in zip(x.chunk(tp, dim=-1), weights, strict=True)]
-        total = lowbit.simulate.all_reduce(partials, spec or "fp32", algorithm if spec else "exact")
-        return total if linear.bias is None else total + linear.bias
-
-    return forward
-
-
 @torch.inference_mode()
 def loss(model: torch.nn.Module, windows: torch.Tensor, tp: int, spec: str | None, algorithm: str) -> torch.Tensor:
-    """Mean negative log likelihood of each window, in nats."""
-    layers = row_parallel(model)
-    for linear in layers:
-        linear.forward = split_forward(linear, tp, spec, algorithm)
-    try:
+    """Mean negative log likelihood of each window, in nats; spec None: exact."""
+
+    def reduce(site: str, partials: list[torch.Tensor]) -> torch.Tensor:
+        return lowbit.simulate.all_reduce(partials, spec or "fp32", algorithm if spec else "exact")
+
+    with simulated_tp(model, tp, reduce):
         return torch.stack([
             torch.nn.functional.cross_entropy(model(input_ids=w[None]).logits[0, :-1].float(), w[1:]) for w in windows
         ])  # fmt: skip
-    finally:
-        for linear in layers:
-            del linear.forward
 
 
 def main() -> None:

@@ -145,7 +145,9 @@ def _parse_leg(text: str, spec: str) -> Leg:
     return Leg(
         name,
         group=int(seen["group"][1:]) if "group" in seen else family.group,
-        outliers=_fraction(seen["outliers"]) if "outliers" in seen else family.outliers or None,
+        outliers=fraction(seen["outliers"].removeprefix("outliers="))
+        if "outliers" in seen
+        else family.outliers or None,
         **{flag: True for flag in family.flags if flag in seen},
     )
 
@@ -158,7 +160,7 @@ def _option_kind(option: str, where: str) -> str:
     if any(option in family.flags for family in FAMILIES):
         return option
     if option.startswith("outliers="):
-        if not 0 < (_fraction(option) or 0) <= 1:
+        if not 0 < (fraction(option.removeprefix("outliers=")) or 0) <= 1:
             raise ConfigError(f"option {option!r} {where}: give a fraction above 0 and up to 1, such as outliers=1/64")
         return "outliers"
     raise ConfigError(
@@ -167,8 +169,8 @@ def _option_kind(option: str, where: str) -> str:
     )
 
 
-def _fraction(option: str) -> Fraction | None:
-    text = option.removeprefix("outliers=")
+def fraction(text: str) -> Fraction | None:
+    """The number that `text` spells, as 1/64 or 0.05 do; None if it spells none, or one of absurd length."""
     if not re.fullmatch(r"\d{1,9}(/0*[1-9]\d{0,8})?|\d?\.\d{1,9}", text):  # no 1e999999999, which takes for ever
         return None
     return Fraction(text)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from ..config import ALGORITHMS, CommConfig
 from ..errors import ConfigError, ModelError
 from . import launch
+from .files import BUNDLED, bundled, check_output, read_text
 
 if TYPE_CHECKING:
     from ..engines.base import Sampling
 
-BUNDLED = Path(__file__).resolve().parents[2] / "examples"
 DEFAULT_SPEC = "int4:g32"  # why: docs/accuracy.md
 EXACT = "exact"
 PLANNED_ENGINES = ("deepspeed", "transformers")
@@ -117,7 +117,7 @@ def check(arguments: argparse.Namespace) -> Job:
         raise ConfigError(
             f"--tp 1 has nothing to communicate, so nothing to compress: give --tp 2 or more, or --comm {EXACT}"
         )
-    model = _bundled(arguments.model, "model", "--model DIR")
+    model = bundled(arguments.model, "model", "--model DIR")
     try:
         from ..engines.hf_llama import Checkpoint, check_tensor_parallel, read_config
     except ImportError as error:
@@ -142,12 +142,7 @@ def check(arguments: argparse.Namespace) -> Job:
         )
     if sampling.top_k >= llama.vocab:
         raise ConfigError(f"--top-k is {sampling.top_k}: it must stay below the vocabulary size, {llama.vocab}")
-    if arguments.json and arguments.json.is_dir():
-        raise ConfigError(f"--json {arguments.json} is a folder: give a file")
-    if arguments.json and not arguments.json.resolve().parent.is_dir():
-        raise ConfigError(
-            f"--json {arguments.json}: there is no folder {arguments.json.resolve().parent}; make it first"
-        )
+    check_output(arguments.json, "--json")
     if not 0 < arguments.timeout <= 1e6:
         raise ConfigError(f"--timeout is {arguments.timeout}: give seconds above 0, at most a million")
     if not 0 <= arguments.seed < 2**63:
@@ -161,25 +156,9 @@ def check(arguments: argparse.Namespace) -> Job:
         arguments.compare,
         tuple(_prompts(arguments)),
         sampling,
-        _read(text_file, "--text") if text_file else None,
+        read_text(text_file, "--text") if text_file else None,
         arguments.json,
     )
-
-
-def _bundled(given: Path | None, name: str, option: str) -> Path:
-    if given is None and not (BUNDLED / name).exists():
-        raise ConfigError(f"this install has no bundled {name}: give {option}, or run from a clone of the repository")
-    return given or BUNDLED / name
-
-
-def _read(path: Path, option: str) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{option} {path} cannot be read as UTF-8 text ({error}): give a text file") from error
-    if not text.strip():
-        raise ConfigError(f"{option} {path} is empty: give a file with text")
-    return text
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -187,8 +166,8 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     if any(not prompt.strip() for prompt in prompts):
         raise ConfigError("--prompt is empty: give at least one word")
     if arguments.prompts or not prompts:
-        path = arguments.prompts or _bundled(None, "prompts.txt", "--prompt TEXT")
-        prompts += [line.strip() for line in _read(path, "--prompts").splitlines() if line.strip()]
+        path = arguments.prompts or bundled(None, "prompts.txt", "--prompt TEXT")
+        prompts += [line.strip() for line in read_text(path, "--prompts").splitlines() if line.strip()]
     return prompts
 
 

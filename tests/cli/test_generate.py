@@ -12,8 +12,9 @@ import pytest
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.__main__ import main
+from megatron_lowbit.cli.files import BUNDLED
 from megatron_lowbit.cli.generate import agreement
-from megatron_lowbit.cli.job import BUNDLED, DEFAULT_SPEC
+from megatron_lowbit.cli.job import DEFAULT_SPEC
 
 COMMAND = [sys.executable, "-m", "megatron_lowbit", "generate"]
 SHORT = ["--max-new-tokens", "12", "--prompt", "The old house stood", "--prompt", "It was a cold morning"]

@@ -1,0 +1,35 @@
+"""Files that subcommands read and write: what comes with the repository, and checks before any work is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import ConfigError
+
+BUNDLED = Path(__file__).resolve().parents[2] / "examples"
+
+
+def bundled(given: Path | None, name: str, option: str) -> Path:
+    """What the user gave, else the repository's own. Raises ConfigError in an install without it."""
+    if given is None and not (BUNDLED / name).exists():
+        raise ConfigError(f"this install has no bundled {name}: give {option}, or run from a clone of the repository")
+    return given or BUNDLED / name
+
+
+def read_text(path: Path, option: str) -> str:
+    """A text file's text. Raises ConfigError for one that cannot be read, and for an empty one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path} cannot be read as UTF-8 text ({error}): give a text file") from error
+    if not text.strip():
+        raise ConfigError(f"{option} {path} is empty: give a file with text")
+    return text
+
+
+def check_output(path: Path | None, option: str) -> None:
+    """Raise ConfigError if a file of this name could not be written."""
+    if path and path.is_dir():
+        raise ConfigError(f"{option} {path} is a folder: give a file")
+    if path and not path.resolve().parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {path.resolve().parent}; make it first")
