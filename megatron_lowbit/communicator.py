@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from . import policy, telemetry
-from .codecs import Codec, backend, make, plain
+from .codecs import Codec, backend, plain
 from .codecs.base import check_tensor
 from .collectives import all_gather, all_reduce, all_to_all, exchange, layout, reduce_scatter
 from .config import CommConfig
@@ -36,7 +36,7 @@ class Communicator:
         self._group = weakref.ref(group)  # a strong one would keep destroyed groups and their buffers for ever
         self.config = config
         self.world = dist.get_world_size(group)
-        self.scatter, self.gather = make(config.legs.scatter), make(config.legs.gather)
+        self._rank, self._bound = dist.get_rank(group), {}
         self._workspace = exchange.Workspace()
         cuda = str(dist.get_backend(group)) == "nccl"  # a group of gloo and NCCL serves CPU tensors too
         from . import __version__
@@ -48,10 +48,13 @@ class Communicator:
             "algorithm": config.algorithm,
             "min_bytes": config.min_bytes,
             "sites": config.sites and list(config.sites),
+            "calibration": config.calibration_digest,
             "backend": backend.of(torch.device("cuda" if cuda else "cpu")),
         }
         exchange.compare(facts, group, first=group not in _compared)
         _compared.add(group)
+        if config.calibrated and self.world > 1:
+            config.calibrated.check(tp=self.world)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -73,9 +76,10 @@ class Communicator:
             out = all_reduce.exact(x, self.group) if x.numel() and self.world > 1 else x.clone()
             sent = telemetry.ring_bytes(x.numel() * x.itemsize, self.world)
         elif decision.algorithm == "one-shot":
-            out, sent = all_reduce.one_shot(x.contiguous(), self._codecs(site)[0], self.group, self._workspace)
+            out, sent = all_reduce.one_shot(x.contiguous(), self._codec("scatter", site), self.group, self._workspace)
         else:
-            out, sent = all_reduce.two_step(x.contiguous(), *self._codecs(site), self.group, self._workspace)
+            codecs = self._codec("scatter", site), self._codec("gather", site)
+            out, sent = all_reduce.two_step(x.contiguous(), *codecs, self.group, self._workspace)
         self._count(x, site, decision, sent, telemetry.ring_bytes(2 * x.numel(), self.world))
         return out
 
@@ -88,7 +92,7 @@ class Communicator:
         _check(x)
         chunks = layout.chunks(x, dim, self.world)
         self._compare("reduce_scatter", x, site, shape=list(x.shape), dim=layout.dimension(x, dim))
-        decision, codec = self._choose("reduce-scatter", x, site, leg=0, empty=not x.numel())
+        decision, codec = self._choose("reduce-scatter", x, site, leg="scatter", empty=not x.numel())
         out, sent = reduce_scatter.reduce_scatter(chunks, codec, self.group, self._workspace)
         self._count(x, site, decision, sent, 2 * (x.numel() - out.numel()))
         return out
@@ -101,7 +105,7 @@ class Communicator:
         _check(x)
         dim = layout.dimension(x, dim)
         self._compare("all_gather", x, site, shape=list(x.shape), dim=dim)
-        decision, codec = self._choose("all-gather", x, site, leg=1, empty=not x.numel())
+        decision, codec = self._choose("all-gather", x, site, leg="gather", empty=not x.numel())
         out, sent = all_gather.all_gather(x, dim, codec, self.group, self._workspace)
         self._count(x, site, decision, sent, 2 * (out.numel() - x.numel()))
         return out
@@ -126,19 +130,22 @@ class Communicator:
         facts |= {f"rows from rank {rank} to rank {me}": receives[rank] for rank in range(self.world)}
         self._compare("all_to_all", x, site, **facts)
         # Whether all rows are empty is known to all ranks; that this rank has none says nothing about the others.
-        decision, codec = self._choose("all-to-all", x, site, leg=0, empty=0 in x.shape[1:])
+        decision, codec = self._choose("all-to-all", x, site, leg="scatter", empty=0 in x.shape[1:])
         out, sent = all_to_all.all_to_all(x, sends, receives, codec, self.group, self._workspace)
         self._count(x, site, decision, sent, 2 * (x.numel() - x[: sends[me]].numel()))
         return out
 
-    def _codecs(self, site: str) -> tuple[Codec, Codec]:
-        """What a call at `site` uses for the scatter leg and for the gather leg."""
-        return self.scatter, self.gather
+    def _codec(self, leg: str, site: str) -> Codec:
+        """What this rank uses at `site` on the "scatter" or the "gather" leg."""
+        key = leg, site if self.config.calibrated else None
+        if key not in self._bound:
+            self._bound[key] = self.config.codec(leg, site, self._rank)
+        return self._bound[key]
 
-    def _choose(self, path: str, x: torch.Tensor, site: str, leg: int, empty: bool) -> tuple[policy.Decision, Codec]:
+    def _choose(self, path: str, x: torch.Tensor, site: str, leg: str, empty: bool) -> tuple[policy.Decision, Codec]:
         """For a collective that has one path: whether to take it or to go exact, and the codec for that."""
         decision = policy.bypass(self.config, site, self.world, empty) or policy.Decision(path)
-        return decision, plain(x.dtype) if decision.algorithm == "exact" else self._codecs(site)[leg]
+        return decision, plain(x.dtype) if decision.algorithm == "exact" else self._codec(leg, site)
 
     def _compare(self, collective: str, x: torch.Tensor, site: str, **facts: object) -> None:
         """With LOWBIT_CHECK=1, check that all ranks make this call alike. Raises RankError."""

@@ -1,23 +1,35 @@
-"""N ranks on one device: bit for bit what a group of N ranks would compute, in one process."""
+"""N ranks on one device: bit for bit what a group of N ranks would compute, in one process.
+
+calibration, site: for a spec that needs them, the file (or Calibration) and the site whose statistics apply.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 
 from . import policy
-from .codecs import Codec, make
+from .calibration_file import Calibration
+from .codecs import Codec
 from .codecs.base import check_tensor, rows_of
 from .collectives import layout
 from .collectives.all_reduce import decode_shards, reduce_shard
 from .collectives.exchange import Workspace
 from .config import CommConfig
 from .errors import ConfigError
-from .spec import parse
+
+Given = str | os.PathLike | Calibration | None
 
 
-def all_reduce(partials: Sequence[torch.Tensor], spec: str, algorithm: str = "two-step") -> torch.Tensor:
+def all_reduce(
+    partials: Sequence[torch.Tensor],
+    spec: str,
+    algorithm: str = "two-step",
+    calibration: Given = None,
+    site: str | None = None,
+) -> torch.Tensor:
     """partials: one tensor [..., features] per rank, of one shape and dtype -> the sum every rank would hold.
 
     algorithm: "one-shot", "two-step", "auto" (what ranks would choose for a message above min_bytes) or "exact" (an
@@ -25,42 +37,55 @@ def all_reduce(partials: Sequence[torch.Tensor], spec: str, algorithm: str = "tw
     """
     partials = _checked(partials, "partial sums")
     x = partials[0]
-    config = CommConfig(spec=spec, algorithm=algorithm, min_bytes=0)
+    config = CommConfig(spec=spec, algorithm=algorithm, min_bytes=0, calibration=calibration)
     algorithm = policy.choose(config, "simulate", x.numel() * x.itemsize, len(partials), x.device.type).algorithm
     if algorithm == "exact":
         total = x.float()
         for partial in partials[1:]:
             total = total + partial
         return total.to(x.dtype, copy=True)
-    scatter, gather = make(config.legs.scatter), make(config.legs.gather)
-    return _one_shot(partials, scatter) if algorithm == "one-shot" else _two_step(partials, scatter, gather)
+    scatter = _codec(config, "scatter", site, len(partials))
+    if algorithm == "one-shot":
+        return _one_shot(partials, scatter)
+    return _two_step(partials, scatter, _codec(config, "gather", site, len(partials)))
 
 
-def reduce_scatter(partials: Sequence[torch.Tensor], spec: str, dim: int = 0) -> list[torch.Tensor]:
+def reduce_scatter(
+    partials: Sequence[torch.Tensor], spec: str, dim: int = 0, calibration: Given = None, site: str | None = None
+) -> list[torch.Tensor]:
     """partials: one tensor per rank, of one shape and dtype -> what each rank would keep. Raises ConfigError."""
-    partials, codec = _checked(partials, "partial sums"), make(parse(spec).scatter)
+    partials, config = _checked(partials, "partial sums"), CommConfig(spec=spec, calibration=calibration)
     cut = [layout.chunks(x, dim, len(partials)) for x in partials]
     if len(partials) == 1 or not partials[0].numel():
         return [chunk.clone() for chunk in cut[0]]
+    codec = _codec(config, "scatter", site, len(partials))
     return [_one_shot(chunks, codec) for chunks in zip(*cut)]
 
 
-def all_gather(parts: Sequence[torch.Tensor], spec: str, dim: int = 0) -> torch.Tensor:
+def all_gather(
+    parts: Sequence[torch.Tensor], spec: str, dim: int = 0, calibration: Given = None, site: str | None = None
+) -> torch.Tensor:
     """parts: one tensor per rank, of one shape and dtype -> what every rank would hold. Raises ConfigError."""
-    parts, codec = _checked(parts, "tensors"), make(parse(spec).gather)
+    parts, config = _checked(parts, "tensors"), CommConfig(spec=spec, calibration=calibration)
+    codec = _codec(config, "gather", site, len(parts))
     dim = layout.dimension(parts[0], dim)
     return torch.cat([_received(x, codec, rank, len(parts)) for rank, x in enumerate(parts)], dim)
 
 
 def all_to_all(
-    inputs: Sequence[torch.Tensor], spec: str, input_splits: Sequence[Sequence[int]] | None = None
+    inputs: Sequence[torch.Tensor],
+    spec: str,
+    input_splits: Sequence[Sequence[int]] | None = None,
+    calibration: Given = None,
+    site: str | None = None,
 ) -> list[torch.Tensor]:
     """inputs: one tensor per rank, of one dtype, and of one shape but for dim 0 -> what each rank would receive.
 
     input_splits: one list per rank, of the rows it sends to each; None: equal parts. Raises ConfigError.
     """
-    inputs, codec = _checked(inputs, "tensors", rows_differ=True), make(parse(spec).scatter)
+    inputs, config = _checked(inputs, "tensors", rows_differ=True), CommConfig(spec=spec, calibration=calibration)
     world = len(inputs)
+    codec = _codec(config, "scatter", site, world)
     if input_splits is None:
         input_splits = [None] * world
     if not isinstance(input_splits, list | tuple) or len(input_splits) != world:
@@ -70,6 +95,13 @@ def all_to_all(
         torch.cat([_received(pieces[rank], codec, peer, world) for peer, pieces in enumerate(cut)])
         for rank in range(world)
     ]
+
+
+def _codec(config: CommConfig, leg: str, site: str | None, world: int) -> Codec:
+    """Rank 0's; `sent_by` makes the others'."""
+    if config.calibrated:
+        config.calibrated.check(tp=world)
+    return config.codec(leg, site, rank=0)
 
 
 def _received(x: torch.Tensor, codec: Codec, sender: int, world: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ cut: `granularity` is the whole row, and a message of fewer rows than ranks leav
 from __future__ import annotations
 
 import math
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -26,13 +27,12 @@ from .statistics import Statistics
 
 
 class Outliers(Codec):
-    """leg: with its `outliers` fraction; base: the codec of the other features. Encodes only once it is bound.
+    """leg: with its `outliers` fraction; base: the codec of the other features. Encodes only once it is bound."""
 
-    whole: whether rows come as they are, or split already, as ordinary features followed by outliers.
-    """
+    whole = True  # whether rows come as they are, or split already, as ordinary features followed by outliers
 
-    def __init__(self, leg: Leg, base: Codec, statistics: Statistics | None = None, whole: bool = True) -> None:
-        self.spec, self.leg, self.base, self.statistics, self.whole = str(leg), leg, base, statistics, whole
+    def __init__(self, leg: Leg, base: Codec, statistics: Statistics | None = None) -> None:
+        self.spec, self.leg, self.base, self.statistics = str(leg), leg, base, statistics
         if statistics is None:
             return
         if len(statistics.outliers) != (k := self.count(statistics.features)):
@@ -40,18 +40,19 @@ class Outliers(Codec):
                 f"{self.spec} has {k} outliers among {statistics.features} features, the calibration has "
                 f"{len(statistics.outliers)}: calibrate with --fraction {leg.outliers}"
             )
-        if whole:
-            self.transform = ("outliers", statistics.features, statistics.outliers, base.transform)
-            chosen = torch.zeros(statistics.features, dtype=torch.bool)
-            chosen[list(statistics.outliers)] = True
-            self._picked, self._kept = chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1)
+        self.transform = ("outliers", statistics.features, statistics.outliers, base.transform)
+        chosen = torch.zeros(statistics.features, dtype=torch.bool)
+        chosen[list(statistics.outliers)] = True
+        self._picked, self._kept = chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1)
 
     def bind(self, statistics: Statistics, rank: int) -> Codec:
         return Outliers(self.leg, self.base, statistics)
 
-    @property
+    @cached_property
     def inner(self) -> Codec:
-        return Outliers(self.leg, self.base.inner, self.statistics, whole=False)
+        other = copy(self)
+        other.base, other.transform, other.whole = self.base.inner, None, False
+        return other
 
     def count(self, features: int) -> int:
         """Outliers among so many features."""

@@ -19,6 +19,8 @@ Wire: the plane of 4-bit codes of the ordinary features (codecs/packing.py), the
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 
 from ..spec import Leg
@@ -82,18 +84,19 @@ class Ranges(Codec):
 class Selective(Outliers):
     """selective4. Bound, it is the codec of one rank at one site and on one leg."""
 
-    def __init__(self, leg: Leg, statistics: Statistics | None = None, sender: int = 0, whole: bool = True) -> None:
-        super().__init__(leg, Ranges(leg, statistics, sender), statistics, whole)
+    def __init__(self, leg: Leg, statistics: Statistics | None = None, sender: int = 0) -> None:
+        super().__init__(leg, Ranges(leg, statistics, sender), statistics)
 
     def bind(self, statistics: Statistics, rank: int) -> Codec:
         return Selective(self.leg, statistics, rank if len(statistics.low) > 1 else 0)
 
-    @property
-    def inner(self) -> Codec:
-        return Selective(self.leg, self.statistics, self.base.sender, whole=False)
-
     def sent_by(self, rank: int) -> Codec:
-        return self.bind(self.statistics, rank) if self.statistics and rank != self.base.sender else self
+        if self.statistics is None or len(self.statistics.low) == 1 or rank == self.base.sender:
+            return self
+        other = copy(self)
+        other.base = copy(self.base)
+        other.base.sender = rank
+        return other
 
     def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         super().encode_rows(x, wire)
