@@ -99,6 +99,7 @@ def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module
                 f"no RowParallelLinear in {' and '.join(type(c).__name__ for c in chunks) or 'an empty list'}: "
                 "pass a Megatron-Core model built with the local layer spec and tensor parallelism"
             )
+        _check_calibration(config, [site for site, _ in rows])
         for site, module in rows:
             if type(module) is not RowParallelLinear:
                 kind = type(module).__name__
@@ -129,13 +130,21 @@ def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module
 
     def layer_init(self, *args, **kwargs):
         base_layer_init(self, *args, **kwargs)
-        for site, module in _row_parallel(self):
+        rows = list(_row_parallel(self))
+        _check_calibration(config, [site for site, _ in rows])
+        for site, module in rows:
             module.lowbit_site = site
             handle.sites.append(site)
 
     RowParallelLinear.forward, TransformerLayer.__init__ = forward, layer_init
     _installed = handle
     return handle
+
+
+def _check_calibration(config: CommConfig, sites: list[str]) -> None:
+    """Raise ConfigError at once, and not in the middle of a forward, if the calibration lacks a site."""
+    if config.calibrated:
+        config.calibrated.check(sites=[site for site in sites if config.selects(site)])
 
 
 def _plain_forward():

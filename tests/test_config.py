@@ -40,7 +40,9 @@ def test_sites_are_glob_patterns():
         ({"sites": ()}, "sites is"),
         ({"sites": 3}, "sites is 3"),
         ({"sites": [1]}, "sites is"),
-        ({"calibration": "x.safetensors"}, "calibration='x.safetensors' is not available in this version"),
+        ({"calibration": "x.safetensors"}, "makes no use of calibration='x.safetensors': leave it out"),
+        ({"spec": "selective4"}, "'selective4' needs a calibration"),
+        ({"spec": "int4:outliers=1/64", "calibration": "absent.safetensors"}, "there is no calibration file"),
         ({"plan": "x.json"}, "plan='x.json' is not available in this version"),
     ],
 )

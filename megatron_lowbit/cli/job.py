@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     comm.add_argument(
         "--comm-sites", metavar="GLOB", action="append", help="compress these sites only, such as 'layers.*.mlp'"
     )
+    comm.add_argument(
+        "--comm-calibration",
+        type=Path,
+        metavar="FILE",
+        help="what 'calibrate' wrote for this model and --tp; selective4 and outliers= need it",
+    )
     comm.add_argument("--compare", action="store_true", help="run exactly as well, and compare")
     comm.add_argument(
         "--timeout", type=float, metavar="SECONDS", default=300, help="give up on a silent rank (default: 300)"
@@ -101,7 +107,13 @@ def check(arguments: argparse.Namespace) -> Job:
         raise ConfigError(f"unknown --engine {arguments.engine!r}: use megatron")
     sites = arguments.comm_sites and tuple(arguments.comm_sites)
     spec = DEFAULT_SPEC if arguments.comm == EXACT else arguments.comm
-    config = CommConfig(spec, arguments.comm_algorithm, arguments.comm_min_bytes, sites)
+    if arguments.comm == EXACT and arguments.comm_calibration:
+        raise ConfigError(
+            f"--comm {EXACT} makes no use of --comm-calibration {arguments.comm_calibration}: leave it out"
+        )
+    config = CommConfig(
+        spec, arguments.comm_algorithm, arguments.comm_min_bytes, sites, calibration=arguments.comm_calibration
+    )
     if config.algorithm == EXACT and arguments.comm != EXACT:
         raise ConfigError(f"--comm-algorithm {EXACT} compresses nothing: give --comm {EXACT} if that is meant")
     if arguments.comm == EXACT:
@@ -131,6 +143,11 @@ def check(arguments: argparse.Namespace) -> Job:
             f"--comm-sites {' '.join(config.sites)} selects none of {sites[0]}, {sites[1]} … {sites[-1]}: give "
             "other globs"
         )
+    if config is not None and config.calibrated:
+        from ..engines.fingerprint import fingerprint
+
+        selected = [site for site in sites if config.selects(site)]
+        config.calibrated.check(tp=tp, fingerprint=fingerprint(model), sites=selected)
     text_file = (
         arguments.text if arguments.text or not (BUNDLED / "sample_text.txt").is_file() else BUNDLED / "sample_text.txt"
     )
