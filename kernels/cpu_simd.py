@@ -248,3 +248,25 @@ def ordered(context, bits):
 
     kind = Vector if bits == Vector else types.int32
     return kind(kind), generate
+
+
+@intrinsic
+def halves(context, low, high):
+    """Lanes 0 to 15 hold one number, lanes 16 to 31 another (both integers or both fp32)."""
+
+    def generate(context, builder, signature, arguments):
+        parts = [_splat(builder, argument) for argument in arguments]
+        both = builder.shuffle_vector(*parts, _constants([*range(16), *range(48, 64)]))
+        return builder.bitcast(both, _ints)
+
+    kind = types.float32 if low == types.float32 else types.int32
+    return Vector(kind, kind), generate
+
+
+def _canonical(builder, value):
+    """fp32 bits with every NaN the same."""
+    floats = builder.bitcast(value, _floats)
+    return builder.select(builder.fcmp_unordered("uno", floats, floats), _splat(builder, 0x7FC00000), value)
+
+
+canonical = _unary(Vector, Vector, _canonical)

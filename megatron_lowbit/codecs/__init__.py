@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ..errors import ConfigError
-from ..spec import INTEGERS, PASSTHROUGH, Leg, parse_leg
+from ..spec import FLOATS, INTEGERS, MICROSCALING, PASSTHROUGH, Leg, parse_leg
 from .affine import Affine
 from .base import Codec
+from .microscaling import Microscaling
 from .passthrough import Passthrough
 
 __all__ = ["Codec", "codec", "make"]
@@ -25,4 +26,6 @@ def make(leg: Leg) -> Codec:
         return Passthrough(leg)
     if leg.name in INTEGERS and not leg.spike and not leg.outliers:
         return Affine(leg)
+    if leg.name in FLOATS + MICROSCALING and not leg.outliers:
+        return Microscaling(leg)
     raise ConfigError(f"codec {str(leg)!r} is not available in this version")
