@@ -116,8 +116,11 @@ def main() -> None:
             for r in rows
         ],
     )  # fmt: skip
-    save(arguments.json, rows, model=arguments.model.name, text=arguments.text.name, tokens=windows.numel(),
-         calibration_text=arguments.calibration_text.name, text_sha256=hashlib.sha256(text.encode()).hexdigest())  # fmt: skip
+    facts = {
+        "calibration_text": arguments.calibration_text.name,
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    save(arguments.json, rows, model=arguments.model.name, text=arguments.text.name, tokens=windows.numel(), **facts)
 
 
 if __name__ == "__main__":

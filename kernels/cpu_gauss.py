@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..codecs.lloyd_max import LEVELS
+from . import cpu_lanes as across
 from . import cpu_simd as simd
 from .cpu_planes import load_codes, plane_addresses, readable, store_codes, store_values
 from .cpu_rotation import ABSOLUTE, INF, NAN, SIGN_BITS, load_group, normalize, rotate, storable
@@ -31,10 +32,10 @@ _GROUP, _CODES, _MOVED, _SCRATCH = 128, 128 + 4 * 256, 128 + 8 * 256, 128 + 12 *
 def _level(levels, k, bits):
     """The positive levels of codebook indices k."""
     low = simd.and_(k, np.int32(15))
-    level = simd.lookup16(levels, low)
+    level = across.lookup16(levels, low)
     for segment in range(1, (1 << bits) // 32):
         here = simd.equal(simd.shift_right(k, np.int32(4)), np.int32(segment))
-        level = simd.choose(here, simd.lookup16(levels + 64 * segment, low), level)
+        level = simd.choose(here, across.lookup16(levels + 64 * segment, low), level)
     return level
 
 
@@ -49,10 +50,10 @@ def signed_level(levels, signed, bits):
 @inline
 def _index(u, thresholds, bits):
     """The number of thresholds below u: of segments of 16 first, then within the segment."""
-    k = simd.search16(u, thresholds, min(16, 1 << (bits - 1)))
+    k = across.search16(u, thresholds, min(16, 1 << (bits - 1)))
     for segment in range(1, (1 << bits) // 32):
         beyond = simd.fless(simd.as_float(simd.load_word(thresholds + 64 * segment - 4)), u)
-        within = simd.add(simd.search16(u, thresholds + 64 * segment, 16), np.int32(16 * segment))
+        within = simd.add(across.search16(u, thresholds + 64 * segment, 16), np.int32(16 * segment))
         k = simd.choose(beyond, within, k)
     return k
 
@@ -97,9 +98,9 @@ def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs
                 if hides:
                     up = simd.and_(simd.fless(level, u), simd.less(k, half - np.int32(1)))
                     next_ = simd.sub(k, simd.add(simd.add(up, up), np.int32(1)))
-                    across = simd.less(next_, np.int32(0))
-                    neighbour = _level(levels, simd.choose(across, simd.splat(np.int32(0)), next_), bits)
-                    neighbour = simd.xor(neighbour, simd.shift_left(across, np.int32(31)))
+                    other_side = simd.less(next_, np.int32(0))
+                    neighbour = _level(levels, simd.choose(other_side, simd.splat(np.int32(0)), next_), bits)
+                    neighbour = simd.xor(neighbour, simd.shift_left(other_side, np.int32(31)))
                     gap = simd.and_(simd.fsub(neighbour, level), ABSOLUTE)
                     middle = simd.fmul(simd.fadd(neighbour, level), np.float32(0.5))
                     cost = simd.fmul(gap, simd.and_(simd.fsub(u, middle), ABSOLUTE))
@@ -113,7 +114,7 @@ def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs
                 else:
                     a, b = simd.fmul(magnitude, level), simd.fmul(level, level)
                     if n - 32 * block < 32:
-                        b = simd.and_(b, simd.less(simd.lanes(), np.int32(n - 32 * block)))
+                        b = simd.and_(b, simd.less(across.lanes(), np.int32(n - 32 * block)))
                     dot = a if block == 0 else simd.fadd(dot, a)
                     norm = b if block == 0 else simd.fadd(norm, b)
                 simd.store_fp32(scratch + _CODES + j, code)
@@ -122,12 +123,12 @@ def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs
                 nothing = scale == np.int32(0) or scale == NAN
                 if nothing:
                     best, best_block, odd = simd.splat(np.int32(0)), simd.splat(np.int32(0)), simd.splat(np.int32(0))
-                position = simd.add(simd.add(best_block, best_block), simd.shift_right(simd.lanes(), np.int32(4)))
-                other, other_position = simd.swap_halves(best), simd.swap_halves(position)
+                position = simd.add(simd.add(best_block, best_block), simd.shift_right(across.lanes(), np.int32(4)))
+                other, other_position = across.swap_halves(best), across.swap_halves(position)
                 first = simd.and_(simd.equal(best, other), simd.less(position, other_position))
                 wins = simd.or_(simd.fless(best, other), first)
-                parity = simd.xor(odd, simd.swap_halves(odd))
-                wanted = simd.shift_right(simd.splat(scale), simd.and_(simd.lanes(), np.int32(15)))
+                parity = simd.xor(odd, across.swap_halves(odd))
+                wanted = simd.shift_right(simd.splat(scale), simd.and_(across.lanes(), np.int32(15)))
                 wrong = simd.sub(simd.splat(np.int32(0)), simd.and_(simd.xor(parity, wanted), np.int32(1)))
                 moves = simd.and_(wins, wrong)
                 for block in range(blocks):
@@ -140,7 +141,7 @@ def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs
             else:
                 scale = NAN
                 if peak < INF:
-                    scale = storable(simd.fold(dot) / simd.fold(norm) * power)
+                    scale = storable(across.fold(dot) / across.fold(norm) * power)
                 simd.store_half(scales + 2 * stored, scale)
                 stored += 1
                 if scale == np.int32(0) or scale == NAN:
@@ -185,7 +186,7 @@ def _reduce(
                     odd = simd.splat(np.int32(0))
                     for j in range(0, n, 32):
                         odd = simd.xor(odd, load_codes(32, at + j, planes, skip, bits, scratch))
-                    parities = simd.is_odd(odd)
+                    parities = across.is_odd(odd)
                     scale = (parities ^ (parities >> np.int32(16))) & np.int32(0xFFFF)
                 else:
                     index = per_row - 1 if n < group else start // group

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..codecs import hadamard
+from . import cpu_lanes as across
 from . import cpu_simd as simd
 from .cpu_planes import fill_tail, load
 from .cpu_simd import inline
@@ -28,7 +29,7 @@ def _scale_by(at, n, factor):
 def _butterfly(at, n):
     """n fp32 values in memory, a power of two from 32 up."""
     for j in range(0, n, 32):
-        simd.store_fp32(at + 4 * j, simd.butterfly(simd.load_fp32(at + 4 * j)))
+        simd.store_fp32(at + 4 * j, across.butterfly(simd.load_fp32(at + 4 * j)))
     h = 32
     while h < n:
         for start in range(0, n, 2 * h):
@@ -103,5 +104,5 @@ def normalize(z, n):
         simd.store_fp32(z + 4 * j, w)
         square = simd.fmul(w, w)
         squares = square if j == 0 else simd.fadd(squares, square)
-    rms = np.float32(np.sqrt(simd.fold(squares) / np.float32(n)))
+    rms = np.float32(np.sqrt(across.fold(squares) / np.float32(n)))
     return peak, simd.as_float(exponent << np.int32(23)), down, rms

@@ -17,6 +17,7 @@ import torch
 
 from ..codecs.lloyd_max import TRELLIS
 from ..codecs.trellis import UNREACHABLE
+from . import cpu_lanes as across
 from . import cpu_simd as simd
 from .cpu_gauss import signed_level
 from .cpu_planes import load_codes, plane_addresses, readable, store_codes, store_values
@@ -37,8 +38,8 @@ _UNREACHABLE = np.float32(UNREACHABLE)
 @inline
 def _nearest(u, table, count):
     """The nearest of a subset's levels: its index and squared distance. table: 16 levels, then 16 thresholds."""
-    index = simd.search16(u, table + 64, count)
-    level = simd.lookup16(table, index)
+    index = across.search16(u, table + 64, count)
+    level = across.lookup16(table, index)
     distance = simd.fsub(u, level)
     return index, simd.fmul(distance, distance)
 
@@ -56,12 +57,12 @@ def _search(n, bits, subsets, scratch):
     """The best paths of 32 groups -> their codes in memory, group after group."""
     count = 1 << (bits - 1)
     inverses = simd.load_fp32(scratch + _INVERSES)
-    strides = simd.shift_left(simd.lanes(), np.int32(8))
+    strides = simd.shift_left(across.lanes(), np.int32(8))
     c0 = simd.splat(np.int32(0))
     c1 = simd.splat(simd.as_int(_UNREACHABLE))
     c2, c3 = c1, c1
     for t in range(n):
-        u = simd.fmul(simd.lookup(scratch + _GROUPS + 4 * t, strides), inverses)
+        u = simd.fmul(across.lookup(scratch + _GROUPS + 4 * t, strides), inverses)
         i0, d0 = _nearest(u, subsets, count)
         i1, d1 = _nearest(u, subsets + 128, count)
         i2, d2 = _nearest(u, subsets + 256, count)
@@ -102,12 +103,12 @@ def _search(n, bits, subsets, scratch):
 @inline
 def _levels(codes, before, levels, bits):
     """Codes, after those of the block before -> levels."""
-    twice = simd.xor(codes, simd.shifted2(before, codes))
+    twice = simd.xor(codes, across.shifted2(before, codes))
     number = simd.add(
         simd.shift_left(simd.shift_right(codes, np.int32(1)), np.int32(2)),
         simd.add(
             simd.shift_left(simd.and_(twice, np.int32(1)), np.int32(1)),
-            simd.and_(simd.shifted1(before, codes), np.int32(1)),
+            simd.and_(across.shifted1(before, codes), np.int32(1)),
         ),
     )
     return signed_level(levels, simd.sub(number, np.int32(1 << bits)), bits + 1)
@@ -146,14 +147,14 @@ def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs
                     before = codes
                     a, b = simd.fmul(simd.load_fp32(z + 4 * j), level), simd.fmul(level, level)
                     if n - j < 32:
-                        inside = simd.less(simd.lanes(), np.int32(n - j))
+                        inside = simd.less(across.lanes(), np.int32(n - j))
                         a, b = simd.and_(a, inside), simd.and_(b, inside)
                     dot = a if j == 0 else simd.fadd(dot, a)
                     norm = b if j == 0 else simd.fadd(norm, b)
                 scale = NAN
                 if simd.load_word(scratch + _PEAKS + 4 * lane) < INF:
                     power = simd.as_float(simd.load_word(scratch + _POWERS + 4 * lane))
-                    scale = storable(simd.fold(dot) / simd.fold(norm) * power)
+                    scale = storable(across.fold(dot) / across.fold(norm) * power)
                 simd.store_half(scales + 2 * (row * (full + (1 if rest else 0)) + index), scale)
                 nothing = scale == np.int32(0) or scale == NAN
                 for j in range(0, n, 32):

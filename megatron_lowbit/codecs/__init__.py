@@ -8,11 +8,12 @@ from functools import lru_cache
 import torch
 
 from ..errors import ConfigError
-from ..spec import GAUSS, INTEGERS, PASSTHROUGH, SELECTIVE, Leg, parse_leg
+from ..spec import FLOATS, GAUSS, INTEGERS, MICROSCALING, PASSTHROUGH, SELECTIVE, Leg, parse_leg
 from . import passthrough
 from .affine import Affine
 from .base import Codec
 from .gauss import Gauss
+from .microscaling import Microscaling
 from .outliers import Outliers
 from .passthrough import Passthrough
 from .selective import Selective
@@ -39,6 +40,8 @@ def make(leg: Leg) -> Codec:
         return Affine(leg)
     if leg.name in GAUSS:
         return Trellis(leg) if leg.trellis else Gauss(leg)
+    if leg.name in FLOATS + MICROSCALING:
+        return Microscaling(leg)
     raise ConfigError(f"codec {str(leg)!r} is not available in this version")
 
 
