@@ -97,6 +97,21 @@ def scale_formats() -> str:
     return markdown(["data", "bits", *methods], rows, f"SQNR in dB, groups of {result['group']}. {measured(result)}")
 
 
+def calibration() -> str:
+    result = load("calibration")
+    rows = [[str(r["tp"]), str(r["samples"]), f"{r['gamma']:g}", f"{r['overlap']:.0%}", f"{r['overlap_least']:.0%}",
+             f"{r['times']:.1f}×", f"{r['times_most']:.1f}×", f"{r['sum_agreement']:.0%}"]
+            for r in result["rows"]]  # fmt: skip
+    note = (
+        f"`{result['text']}` (SHA-256 `{result['text_sha256'][:12]}…`), windows of {result['window']} tokens; means "
+        f"and medians over all sites; by chance the overlap would be {result['rows'][0]['chance']:.1%}. "
+        f"{measured(result)}"
+    )
+    columns = ["TP", "windows", "gamma", "overlap", "at the worst site", "outliers' range / median range",
+               "at the widest site", "outliers that are the sum's too"]  # fmt: skip
+    return markdown(columns, rows, note)
+
+
 TABLES = {
     "accuracy": accuracy,
     "accuracy-short": lambda: accuracy(["int8:g128", "int6:g64", "int4:g32", "int3:g32", "int2:g32:sym"]),
@@ -104,6 +119,7 @@ TABLES = {
     "codecs": codecs,
     "threshold": threshold,
     "scale-formats": scale_formats,
+    "calibration": calibration,
 }
 
 

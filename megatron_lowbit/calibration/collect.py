@@ -59,10 +59,8 @@ class RangeTracker:
         Raises ConfigError for values that are not finite, and for other ranks or features than the site had before.
         """
         total = simulate.all_reduce(partials, "fp32", "exact")
-        if not total.numel():
-            raise ConfigError(
-                f"{site}: a window of shape {tuple(total.shape)} holds no values: give at least one token"
-            )
+        if not total.dim() or not total.numel():
+            raise ConfigError(f"{site}: a window of shape {tuple(total.shape)} is none: give [tokens, features]")
         senders = partials if self._algorithm == "one-shot" else [*partials, total]
         extremes = [torch.stack(x.reshape(-1, x.shape[-1]).float().aminmax(dim=0)) for x in senders]
         window = torch.stack(extremes, dim=1).cpu()

@@ -111,7 +111,8 @@ def test_wrong_settings(arguments, message):
     [
         ([], "expected partial sums"),
         ([torch.zeros(2, 64), torch.zeros(2, 32)], "rank 1 has shape"),
-        ([torch.zeros(0, 64), torch.zeros(0, 64)], "holds no values: give at least one token"),
+        ([torch.zeros(0, 64), torch.zeros(0, 64)], r"a window of shape \(0, 64\) is none: give \[tokens, features\]"),
+        ([torch.zeros(()), torch.zeros(())], r"a window of shape \(\) is none"),
         ([torch.zeros(2, 64), torch.full((2, 64), torch.nan)], "a: a partial sum is not finite"),
         ([torch.full((2, 64), 3e38), torch.full((2, 64), 3e38)], "a: a partial sum is not finite"),
         ([torch.zeros(2, 64)] * 4, "a: 5 senders of 64 features, after windows with 3 senders of 64 features"),
