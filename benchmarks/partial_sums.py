@@ -1,0 +1,106 @@
+"""The partial sums of a Hugging Face Llama at TP N, from real text, for the quality benchmark.
+
+The model computes in fp32 with exact sums, so what is measured at one site is not changed by the sites before it; its
+partial sums are rounded to bf16, as a model that runs in bf16 would send them. One half of the text calibrates, the
+other is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from usual_ranges import UsualRanges
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, and windows of token ids [windows, tokens] of two parts of a text."""
+
+    model: torch.nn.Module
+    calibration: torch.Tensor
+    measured: torch.Tensor
+    facts: dict
+
+    @classmethod
+    def load(cls, folder: Path, text: Path, tokens: int) -> Source:
+        """tokens: how many of the text's first ones to use, at most."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+        words = text.read_text(encoding="utf-8")
+        ids = AutoTokenizer.from_pretrained(folder)(words, return_tensors="pt")["input_ids"][0, :tokens]
+        length = min(WINDOW, len(ids) // 2)
+        windows = ids[: len(ids) // length * length].view(-1, length)
+        half = len(windows) // 2
+        first, second = windows[:half], windows[half : 2 * half]
+        facts = {
+            "model": folder.name, "text": text.name, "text_sha256": hashlib.sha256(words.encode()).hexdigest(),
+            "window": length, "tokens_calibrated": first.numel(), "tokens_measured": second.numel(),
+            "calibrated_on": f"the text's first {first.numel():,} tokens", "measured_on": "those that follow",
+        }  # fmt: skip
+        return cls(model, first, second, facts)
+
+
+@dataclass(frozen=True)
+class Site:
+    """partials: of each rank, values of bf16 in fp32 [tokens, features]. ranges: of the other half of the text."""
+
+    partials: list[torch.Tensor]
+    ranges: UsualRanges
+
+
+@torch.inference_mode()
+def sites(source: Source, tp: int) -> dict[str, Site]:
+    """Everything `tp` ranks would reduce of the measured half, by site, in the order of the forward pass."""
+    ranges: dict[str, UsualRanges] = {}
+    windows: dict[str, list[torch.Tensor]] = {}
+
+    def calibrate(site: str, partials: list[torch.Tensor]) -> torch.Tensor:
+        ranges.setdefault(site, UsualRanges()).observe([x[0].bfloat16() for x in partials])
+        return sum(partials)
+
+    def keep(site: str, partials: list[torch.Tensor]) -> torch.Tensor:
+        windows.setdefault(site, []).append(torch.cat(partials).bfloat16().float())
+        return sum(partials)
+
+    for ids, see in ((source.calibration, calibrate), (source.measured, keep)):
+        with simulated_tp(source.model, tp, see):
+            for window in ids:
+                source.model.model(input_ids=window[None], use_cache=False)
+    return {site: Site([*torch.cat(parts, 1)], ranges[site]) for site, parts in windows.items()}
+
+
+@contextmanager
+def simulated_tp(
+    model: torch.nn.Module, tp: int, reduce: Callable[[str, list[torch.Tensor]], torch.Tensor]
+) -> Iterator[None]:
+    """Within the context, row-parallel layers compute `tp` partial sums, and `reduce(site, partials)` makes the sum."""
+    layers = {}
+    for index, layer in enumerate(model.model.layers):
+        layers[f"layers.{index}.attention"] = layer.self_attn.o_proj
+        layers[f"layers.{index}.mlp"] = layer.mlp.down_proj
+    try:
+        for site, linear in layers.items():
+            linear.forward = _split_forward(site, linear, tp, reduce)
+        yield
+    finally:
+        for linear in layers.values():
+            del linear.forward
+
+
+def _split_forward(site: str, linear: torch.nn.Linear, tp: int, reduce: Callable) -> Callable:
+    weights = linear.weight.chunk(tp, dim=1)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        parts = zip(x.chunk(tp, dim=-1), weights, strict=True)
+        return reduce(site, [torch.nn.functional.linear(part, weight) for part, weight in parts])
+
+    return forward
