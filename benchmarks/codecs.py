@@ -6,12 +6,14 @@ loads what an earlier run compiled, and is shown apart.
 
     python benchmarks/codecs.py --json benchmarks/results/codecs.json
     python benchmarks/codecs.py --spec int4:g32 --spec int8:g128 --backend numba --dtype bf16
+    python benchmarks/codecs.py --quality ...      # accuracy instead: benchmarks/quality.py with its options
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -56,6 +58,10 @@ def measure(spec: str, backend: str, dtype: str, values: int, repeats: int) -> d
 
 
 def main() -> None:
+    if "--quality" in sys.argv[1:]:
+        import quality
+
+        return quality.main([argument for argument in sys.argv[1:] if argument != "--quality"])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--spec", action="append", help="may be repeated (default: a set of 17)")
     parser.add_argument("--backend", action="append", choices=["numba", "reference"])
@@ -63,6 +69,7 @@ def main() -> None:
     parser.add_argument("--values", type=int, default=4 << 20)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quality", action="store_true", help="accuracy instead, with the options of quality.py")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cases = [

@@ -77,7 +77,7 @@ def main() -> None:
     windows = ids[: len(ids) // arguments.window * arguments.window].view(-1, arguments.window)
     shape, specs, rows = (arguments.window, model.config.hidden_size), arguments.spec or SPECS, []
     other_text = arguments.calibration_text.read_text(encoding="utf-8")
-    other_windows = draw(tokenizer(other_text)["input_ids"], samples=64, length=min(256, arguments.window), seed=0)
+    other_windows = draw(tokenizer(other_text)["input_ids"], samples=256, length=min(256, arguments.window), seed=0)
     if calibrated := [spec for spec in specs if parse(spec).calibrated]:
         assert other_text != text, f"{calibrated} would be evaluated on what they were calibrated on: give another text"
     with Progress() as bar:

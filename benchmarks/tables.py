@@ -112,6 +112,52 @@ def calibration() -> str:
     return markdown(columns, rows, note)
 
 
+def quality() -> str:
+    """Known distributions, one hop."""
+    result = load("quality")
+    found = {(r["data"], r["spec"]): r for r in result["rows"] if not r["tp"]}
+    names = list(dict.fromkeys(data for data, _ in found))
+    lines = []
+    for spec in dict.fromkeys(spec for _, spec in found):
+        gaussian = found["Gaussian", spec]
+        lines.append([f"`{spec}`", f"{gaussian['bits_per_value']:.3f}", f"{gaussian['shannon_db']:.1f}",
+                      *(f"{found[name, spec]['sqnr_db']:.2f}" for name in names)])  # fmt: skip
+    rows, features = result["shape"]
+    note = f"SQNR in dB, one hop, {rows} × {features} values of bf16. {measured(result)}"
+    return markdown(["spec", "bits", "bound", *names], lines, note)
+
+
+def quality_model() -> str:
+    """A model's partial sums, one row per spec."""
+    result = load("quality")
+    found = {(r["tp"], r["hop"], r["spec"]): r for r in result["rows"] if r["tp"]}
+    tps = sorted({tp for tp, _, _ in found}, reverse=True)
+    lines = []
+    for spec in dict.fromkeys(spec for _, _, spec in found):
+        sums = [found[tp, "two-step", spec] for tp in tps]
+        cells = [f"{row['sqnr_db']:.2f}" for row in [*sums, found[tps[0], "one hop", spec]]]
+        cells[1:1] = [f"{sums[0]['mean_of_sites_db']:.2f}", f"{sums[0]['worst_site_db']:.2f}"]
+        lines.append([f"`{spec}`", f"{sums[0]['bits_per_value']:.3f}", *cells])
+    columns = ["spec", "bits", f"TP {tps[0]}", "mean of sites", "worst site", *(f"TP {tp}" for tp in tps[1:])]
+    note = (
+        f"SQNR in dB of the sum after two-step, all sites' energies together; mean and worst of the sites at "
+        f"TP {tps[0]}; one hop: of the partial sums themselves. `{result['text']}` (SHA-256 "
+        f"`{result['text_sha256'][:12]}…`): calibrated on its first {result['tokens_calibrated']:,} tokens, measured "
+        f"on the {result['tokens_measured']:,} that follow. {measured(result)}"
+    )
+    return markdown([*columns, f"one hop, TP {tps[0]}"], lines, note)
+
+
+def quality_targets() -> str:
+    result = load("quality")
+    lines = [
+        [g["goal"], f"{g['needed_db']:g}", f"{g['db']:.2f}", f"`{g['spec']}`", f"{g['bits_per_value']:.3f}",
+         "yes" if g["met"] else "no"]
+        for g in result["targets"]
+    ]  # fmt: skip
+    return markdown(["goal", "dB needed", "reached", "by", "bits", "met"], lines, measured(result))
+
+
 TABLES = {
     "accuracy": accuracy,
     "accuracy-short": lambda: accuracy(["int8:g128", "int6:g64", "int4:g32", "int3:g32", "int2:g32:sym"]),
@@ -120,6 +166,9 @@ TABLES = {
     "threshold": threshold,
     "scale-formats": scale_formats,
     "calibration": calibration,
+    "quality": quality,
+    "quality-model": quality_model,
+    "quality-targets": quality_targets,
 }
 
 
