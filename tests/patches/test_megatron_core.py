@@ -147,7 +147,7 @@ def test_a_calibration_is_used_site_by_site(two_ranks):
         assert torch.equal(compressed, simulated)
         assert len(stats) == 2 * LAYERS and all(site["paths"] == {"two-step": 1} for site in stats.values())
         for process_wide in (True, False):
-            assert "lacks layers.1.mlp, layers.2.attention" in result[f"few sites, {process_wide}"]
+            assert "lacks layers.1.mlp" in result[f"few sites, {process_wide}"]
 
 
 @pytest.fixture(scope="module")
