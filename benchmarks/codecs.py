@@ -21,7 +21,8 @@ from rich.progress import track
 
 import megatron_lowbit as lowbit
 
-SPECS = [*(f"int{bits}:g32" for bits in range(2, 9)), "int4:g128", "int8:g128", "int4:g32:sym", "int8:g128:sym", "bf16"]
+SPECS = [*(f"int{bits}:g32" for bits in range(2, 9)), "int4:g128", "int8:g128", "int4:g32:sym", "int8:g128:sym",
+         "int2:g32:spike", "int4:g32:spike", "bf16"]  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIRES = 4
 
@@ -56,7 +57,7 @@ def measure(spec: str, backend: str, dtype: str, values: int, repeats: int) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--spec", action="append", help="may be repeated (default: a set of 12)")
+    parser.add_argument("--spec", action="append", help="may be repeated (default: a set of 14)")
     parser.add_argument("--backend", action="append", choices=["numba", "reference"])
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     parser.add_argument("--values", type=int, default=4 << 20)

@@ -9,6 +9,7 @@ from ..spec import INTEGERS, PASSTHROUGH, Leg, parse_leg
 from .affine import Affine
 from .base import Codec
 from .passthrough import Passthrough
+from .spike import Spike
 
 __all__ = ["Codec", "codec", "make"]
 
@@ -23,6 +24,6 @@ def make(leg: Leg) -> Codec:
     """The codec of a parsed leg."""
     if leg.name in PASSTHROUGH:
         return Passthrough(leg)
-    if leg.name in INTEGERS and not leg.spike and not leg.outliers:
-        return Affine(leg)
+    if leg.name in INTEGERS and not leg.outliers:
+        return Spike(leg) if leg.spike else Affine(leg)
     raise ConfigError(f"codec {str(leg)!r} is not available in this version")
