@@ -22,7 +22,8 @@ import megatron_lowbit as lowbit
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SPECS = ["int8:g128", "int6:g128", "int6:g64", "int6:g32", "int5:g128", "int5:g64", "int5:g32", "int4:g32/int8:g128",
-         "int4:g128", "int4:g64", "int4:g32", "int4:g32:sym", "int3:g32", "int2:g32", "int2:g32:sym"]  # fmt: skip
+         "int4:g128", "int4:g64", "int4:g32", "int4:g32:sym", "int3:g32", "int2:g32", "int2:g32:sym",
+         "int4:g64:spike", "int3:g64:spike", "int2:g128:sym:spike"]  # fmt: skip
 
 
 def row_parallel(model: torch.nn.Module) -> list[torch.nn.Linear]:
