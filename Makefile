@@ -29,6 +29,7 @@ bench: $(INSTALLED)  ## measure on this machine, into benchmarks/results/ and th
 	@$(BIN)/python benchmarks/codecs.py --json benchmarks/results/codecs.json
 	@$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json --plot docs/sqnr.png
 	@$(BIN)/python benchmarks/scale_formats.py --json benchmarks/results/scale_formats.json
+	@$(BIN)/python benchmarks/spike_formats.py --json benchmarks/results/spike_formats.json
 	@$(BIN)/python benchmarks/demo.py --json benchmarks/results/demo.json
 	@$(BIN)/python benchmarks/tables.py
 

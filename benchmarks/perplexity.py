@@ -30,7 +30,8 @@ SPECS = ["int8:g128", "int6:g128", "int6:g64", "int6:g32", "int5:g128", "int5:g6
          "int4:g128", "int4:g64", "int4:g32", "int4:g32:sym", "int3:g32", "int2:g32", "int2:g32:sym",
          "gauss6:g128", "gauss5:g256", "gauss5:g128:trellis", "gauss4:g128", "gauss4:g256", "gauss4:g128:trellis",
          "gauss3:g256", "gauss3:g128:trellis", "gauss2:g128:trellis", "gauss4:g128:trellis:outliers=1/64", "selective4",
-         "int4:g32:spike", "int2:g32:spike", "fp8", "mxfp8", "mxfp6", "mxfp4", "nvfp4"]  # fmt: skip
+         "int4:g64:spike", "int3:g64:spike", "int2:g128:sym:spike",
+         "fp8", "mxfp8", "mxfp6", "mxfp4", "nvfp4"]  # fmt: skip
 
 
 @torch.inference_mode()

@@ -90,8 +90,8 @@ def threshold() -> str:
     return markdown(["bytes (bf16)", "exact, ms", f"`{result['spec']}`, ms", "exact / compressed"], rows, note)
 
 
-def scale_formats() -> str:
-    result = load("scale_formats")
+def formats(name: str) -> str:
+    result = load(name)
     methods = list(result["rows"][0]["sqnr_db"])
     rows = [[r["data"], str(r["bits"]), *(f"{r['sqnr_db'][m]:.2f}" for m in methods)] for r in result["rows"]]
     return markdown(["data", "bits", *methods], rows, f"SQNR in dB, groups of {result['group']}. {measured(result)}")
@@ -158,17 +158,26 @@ def quality_targets() -> str:
     return markdown(["goal", "dB needed", "reached", "by", "bits", "met"], lines, measured(result))
 
 
+def spike() -> str:
+    result = load("spike_formats")
+    rows = [[f"`{r['spec']}`", f"{r['bits_per_value']:.2f}", *(f"{v:.1f}" for v in r["sqnr_db"].values())]
+            for r in result["specs"]]  # fmt: skip
+    return markdown(["spec", "bits per value", *result["specs"][0]["sqnr_db"]], rows, f"SQNR in dB. {measured(result)}")
+
+
 TABLES = {
     "accuracy": accuracy,
     "accuracy-short": lambda: accuracy(["int8:g128", "int6:g64", "int4:g32", "int3:g32", "int2:g32:sym"]),
     "demo": demo,
     "codecs": codecs,
     "threshold": threshold,
-    "scale-formats": scale_formats,
     "calibration": calibration,
     "quality": quality,
     "quality-model": quality_model,
     "quality-targets": quality_targets,
+    "scale-formats": lambda: formats("scale_formats"),
+    "spike": spike,
+    "spike-formats": lambda: formats("spike_formats"),
 }
 
 

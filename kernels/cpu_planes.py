@@ -105,9 +105,9 @@ def load_codes(n, at, planes, skip, bits, scratch):
     return codes
 
 
-def plane_addresses(views: dict[str, torch.Tensor]) -> tuple[int, int, int, int]:
+def plane_addresses(views: dict[str, torch.Tensor], prefix: str = "plane") -> tuple[int, int, int, int]:
     """Sections of a wire (`Codec.split`) -> `planes`."""
-    return tuple(views[name].data_ptr() if (name := f"plane{width}") in views else 0 for width in (8, 4, 2, 1))
+    return tuple(views[name].data_ptr() if (name := f"{prefix}{width}") in views else 0 for width in (8, 4, 2, 1))
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:

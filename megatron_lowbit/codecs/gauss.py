@@ -81,11 +81,8 @@ class Gauss(Codec):
             c, scale = (self._hide if hides else self._fit)(z)
             codes.append(c.flatten(1))
             scales.append(scale[:, :0] if hides else scale)
-        views, shift = self.split(wire, *x.shape), 0
-        codes = torch.cat(codes, 1)
-        for width in packing.planes(self.bits):
-            views[f"plane{width}"].copy_(packing.pack((codes >> shift) & (2**width - 1), width).flatten())
-            shift += width
+        views = self.split(wire, *x.shape)
+        packing.store(views, "plane", torch.cat(codes, 1), self.bits)
         if "scales" in views:
             views["scales"].view(torch.bfloat16).copy_(torch.cat(scales, 1).flatten())
         self.clear_gaps(wire, *x.shape)
@@ -160,11 +157,8 @@ class Gauss(Codec):
 
     def _decode(self, wire: torch.Tensor, rows: int, features: int) -> torch.Tensor:
         """One wire -> values, still rotated, fp32 [rows, features]."""
-        views, shift = self.split(wire, rows, features), 0
-        codes = torch.zeros(rows, features, dtype=torch.uint8, device=wire.device)
-        for width in packing.planes(self.bits):
-            codes |= packing.unpack(views[f"plane{width}"].view(rows, -1), features, width) << shift
-            shift += width
+        views = self.split(wire, rows, features)
+        codes = packing.load(views, "plane", rows, features, self.bits)
         scales = views["scales"].view(torch.bfloat16).view(rows, -1) if "scales" in views else None
         parts = []
         for part in self._groups(codes):

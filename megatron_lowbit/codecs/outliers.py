@@ -63,7 +63,11 @@ class Outliers(Codec):
 
     def sections(self, rows: int, features: int) -> list[tuple[str, int]]:
         k = self.count(features)
-        return [*self.base.sections(rows, features - k), ("outliers", 2 * rows * k)]
+        try:
+            ordinary = self.base.sections(rows, features - k)
+        except ConfigError as error:
+            raise ConfigError(f"{features - k} of {features} features are no outliers: {error}") from error
+        return [*ordinary, ("outliers", 2 * rows * k)]
 
     def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         ordinary, picked = self._split(x)

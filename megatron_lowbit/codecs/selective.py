@@ -63,7 +63,7 @@ class Ranges(Codec):
         t = (x.float() - low) * inverse
         t = torch.where(t > 0, t, 0.0)  # NaN too
         codes = torch.round(torch.where(t < 2**self.bits - 1, t, 2.0**self.bits - 1)).to(torch.uint8)
-        self.split(wire, *x.shape)[f"plane{self.bits}"].copy_(packing.pack(codes, self.bits).flatten())
+        packing.store(self.split(wire, *x.shape), "plane", codes, self.bits)
 
     def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         if backend.of(out.device) == "numba":
@@ -72,8 +72,7 @@ class Ranges(Codec):
             return cpu_selective.reduce_rows(self, wires, out)
         total = None
         for sender, wire in enumerate(wires, self.sender if len(wires) == 1 else 0):
-            plane = self.split(wire, *out.shape)[f"plane{self.bits}"].view(out.shape[0], -1)
-            codes = packing.unpack(plane, out.shape[1], self.bits).float()
+            codes = packing.load(self.split(wire, *out.shape), "plane", *out.shape, self.bits).float()
             sender = sender if len(self.low) > 1 else 0
             low, scale = (table[sender, : out.shape[1]].to(out.device) for table in (self.low, self.scale))
             values = low + codes * scale
