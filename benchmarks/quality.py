@@ -32,7 +32,8 @@ from megatron_lowbit.spec import parse_leg
 SPECS = [
     *(f"int{bits}:g32" for bits in range(2, 9)), "int4:g64", "int4:g128", "int8:g128",
     *(f"int{bits}:g32:sym" for bits in range(2, 5)),
-    "int2:g32:spike", "int3:g32:spike", "int4:g32:spike", "int4:g128:spike", "int4:g32:outliers=1/64",
+    *(f"int{bits}:g{group}:spike" for bits in (2, 3, 4) for group in (32, 64)), "int4:g128:spike",
+    "int4:g32:outliers=1/64",
     "gauss4:g64", *(f"gauss{bits}:g128" for bits in range(2, 8)), *(f"gauss{bits}:g256" for bits in range(2, 8)),
     *(f"gauss{bits}:g128:outliers=1/64" for bits in (2, 3, 4)),
     *(f"gauss{bits}:g256:outliers=1/64" for bits in (3, 4, 5)),

@@ -25,10 +25,10 @@ class Family:
 
 FAMILIES = (
     Family("int, g32", r"int\d:g32", "#000000", "o"),
-    Family("int, g32, spike", r"int\d:g32:spike", "#0072B2", "s"),
+    Family("int, g64, spike", r"int\d:g64:spike", "#0072B2", "s"),
     Family("gauss, g128", r"gauss\d:g128", "#E69F00", "^"),
     Family("gauss, g256 (no metadata)", r"gauss\d:g256", "#D55E00", "v"),
-    Family("gauss, g128, trellis", r"gauss\d:g128:trellis", "#F0E442", "*"),
+    Family("gauss, g128, trellis", r"gauss\d:g128:trellis", "#8C6D00", "*"),
     Family("gauss, g128, outliers", r"gauss\d:g128:outliers=.*", "#009E73", "D", "--"),
     Family("fp8, MX, NVFP4", r"(mx|nv)?fp\d.*", "#CC79A7", "P", ""),
     Family("selective4", r"selective4.*", "#56B4E9", "X", ""),

@@ -165,6 +165,15 @@ def spike() -> str:
     return markdown(["spec", "bits per value", *result["specs"][0]["sqnr_db"]], rows, f"SQNR in dB. {measured(result)}")
 
 
+def alternatives() -> str:
+    result = load("alternatives")
+    rows = [[r["variant"], f"{r['bits_per_value']:.3f}", f"{r['sqnr_db']['Gaussian']:.2f}",
+             f"{r['sqnr_db']['Student t(3)']:.2f}" if "Student t(3)" in r["sqnr_db"] else ""]
+            for r in result["rows"]]  # fmt: skip
+    note = f"SQNR in dB, one hop, {result['values']:,} values. {measured(result)}"
+    return markdown(["variant", "bits", "Gaussian", "Student t(3)"], rows, note)
+
+
 TABLES = {
     "accuracy": accuracy,
     "accuracy-short": lambda: accuracy(["int8:g128", "int6:g64", "int4:g32", "int3:g32", "int2:g32:sym"]),
@@ -172,6 +181,7 @@ TABLES = {
     "codecs": codecs,
     "threshold": threshold,
     "calibration": calibration,
+    "alternatives": alternatives,
     "quality": quality,
     "quality-model": quality_model,
     "quality-targets": quality_targets,
