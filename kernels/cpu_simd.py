@@ -208,12 +208,6 @@ minimum = _elementwise(False, lambda builder, a, b: builder.select(builder.icmp_
 maximum = _elementwise(False, lambda builder, a, b: builder.select(builder.icmp_signed(">", a, b), a, b))
 
 
-@intrinsic
-def lanes(context):
-    """0, 1, 2, ..."""
-    return Vector(), lambda context, builder, signature, arguments: _constants(range(LANES))
-
-
 @inline
 def choose(mask, yes, no):
     """Lanes of `yes` where the mask is -1, of `no` where it is 0."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from . import cpu_lanes as across
 from . import cpu_simd as simd
 from .cpu_planes import fill_tail, load, load_codes, plane_addresses, readable, store_codes, store_values
 from .cpu_simd import inline, jit
@@ -66,10 +67,10 @@ def _encode(x, bf16, rows, features, sections, codec, scratch):
                 values = load(source + at * itemsize if n == 32 else scratch, bf16)
                 if not bf16:
                     values = simd.shift_left(simd.round_bf16(values), np.int32(16))
-                order, place = simd.and_(simd.ordered(values), UPPER), simd.add(simd.lanes(), np.int32(at))
+                order, place = simd.and_(simd.ordered(values), UPPER), simd.add(across.lanes(), np.int32(at))
                 up, down = simd.or_(order, place), simd.or_(simd.sub(simd.splat(UPPER), order), place)
                 if n < 32:
-                    there = simd.less(simd.lanes(), np.int32(n))
+                    there = simd.less(across.lanes(), np.int32(n))
                     up, down = simd.choose(there, up, simd.splat(_LAST)), simd.choose(there, down, simd.splat(_LAST))
                 low2, low1 = simd.minimum(low2, simd.maximum(low1, up)), simd.minimum(low1, up)
                 high2, high1 = simd.minimum(high2, simd.maximum(high1, down)), simd.minimum(high1, down)
@@ -107,7 +108,7 @@ def _encode(x, bf16, rows, features, sections, codec, scratch):
                     rounded = simd.fadd(simd.fmul(simd.fsub(values, zero), inverse), _MAGIC)
                     codes = simd.add(simd.sub(rounded, _MAGIC_BITS), half)
                     codes = simd.minimum(simd.maximum(codes, np.int32(0)), top)
-                    place = simd.add(simd.lanes(), np.int32(at))
+                    place = simd.add(across.lanes(), np.int32(at))
                     spike = simd.or_(simd.equal(place, low_at), simd.equal(place, high_at))
                     codes = simd.choose(spike, simd.splat(np.int32(0)), codes)
                 store_codes(codes, n, row * padded + start + at, planes, bits, scratch)
@@ -134,7 +135,7 @@ def _reduce(wires, stride, sections, codec, out, bf16, rows, features, scratch):
             stop = min(start + group, features)
             for at in range(0, stop - start, 32):
                 n = min(32, stop - start - at)
-                place = simd.add(simd.lanes(), np.int32(at))
+                place = simd.add(across.lanes(), np.int32(at))
                 total = simd.splat(np.int32(0))
                 for wire in range(wires):
                     slot = slots + wire * size + 4 * k
