@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import ConfigError
 from ..spec import Leg
 from . import backend, packing
 from .affine import SMALLEST_NORMAL
@@ -64,6 +65,7 @@ class Ranges(Codec):
         self.split(wire, *x.shape)[f"plane{self.bits}"].copy_(packing.pack(codes, self.bits).flatten())
 
     def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
+        _check_senders(len(wires), len(self.low))
         if backend.of(out.device) == "numba":
             from ..kernels import cpu_selective
 
@@ -86,6 +88,7 @@ class Selective(Outliers):
         super().__init__(leg, Ranges(leg, statistics, sender), statistics, whole)
 
     def bind(self, statistics: Statistics, rank: int) -> Codec:
+        _check_senders(rank + 1, len(statistics.low))
         return Selective(self.leg, statistics, rank if len(statistics.low) > 1 else 0)
 
     @property
@@ -103,3 +106,10 @@ class Selective(Outliers):
     def _join(self, ordinary: torch.Tensor, outliers: torch.Tensor, out: torch.Tensor) -> None:
         ordinary.masked_fill_(outliers[:, :1].isnan(), torch.nan)
         super()._join(ordinary, outliers.masked_fill(outliers[:, :1].isnan(), torch.nan), out)
+
+
+def _check_senders(ranks: int, senders: int) -> None:
+    if ranks > senders > 1:
+        raise ConfigError(
+            f"{ranks} ranks or more at a site that was calibrated with {senders}: use a calibration of this TP size"
+        )
