@@ -201,7 +201,7 @@ def _reduce(
                     sum_ = values if wire == 0 else simd.fadd(sum_, values)
                 simd.store_fp32(total + 4 * j, sum_)
             if turned:
-                rotate(total, n, True)
+                rotate(total, n, signs, True)
             for j in range(0, n, 32):
                 values = simd.load_fp32(total + 4 * j)
                 if turned:

@@ -17,7 +17,7 @@ from .cpu_simd import jit
 
 @jit
 def _split(x, itemsize, rows, features, segments, number, count, out):
-    """Rows of `features` values -> rows of the `count` ordinary ones. segments: int32 [number, 3], see `_segments`."""
+    """Rows of `features` values -> rows of the `count` ordinary ones. segments: int32 [number, 3], see `segments`."""
     for row in range(rows):
         last = (rows - row - 1) * count * itemsize < 128
         for segment in range(segments, segments + 12 * number, 12):

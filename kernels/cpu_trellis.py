@@ -184,7 +184,7 @@ def _reduce(wires, stride, planes, scales, bits, group, rotates, signs, levels, 
                         values = simd.fadd(simd.load_fp32(total + 4 * j), values)
                     simd.store_fp32(total + 4 * j, values)
             if turned:
-                rotate(total, n, True)
+                rotate(total, n, signs, True)
             for j in range(0, n, 32):
                 values = simd.load_fp32(total + 4 * j)
                 if turned:

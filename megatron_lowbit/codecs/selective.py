@@ -23,6 +23,7 @@ from copy import copy
 
 import torch
 
+from ..errors import ConfigError
 from ..spec import Leg
 from . import backend, packing
 from .affine import SMALLEST_NORMAL
@@ -66,6 +67,7 @@ class Ranges(Codec):
         packing.store(self.split(wire, *x.shape), "plane", codes, self.bits)
 
     def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
+        _check_senders(len(wires), len(self.low))
         if backend.of(out.device) == "numba":
             from ..kernels import cpu_selective
 
@@ -87,6 +89,7 @@ class Selective(Outliers):
         super().__init__(leg, Ranges(leg, statistics, sender), statistics)
 
     def bind(self, statistics: Statistics, rank: int) -> Codec:
+        _check_senders(rank + 1, len(statistics.low))
         return Selective(self.leg, statistics, rank if len(statistics.low) > 1 else 0)
 
     def sent_by(self, rank: int) -> Codec:
@@ -105,3 +108,10 @@ class Selective(Outliers):
     def _join(self, ordinary: torch.Tensor, outliers: torch.Tensor, out: torch.Tensor) -> None:
         ordinary.masked_fill_(outliers[:, :1].isnan(), torch.nan)
         super()._join(ordinary, outliers.masked_fill(outliers[:, :1].isnan(), torch.nan), out)
+
+
+def _check_senders(ranks: int, senders: int) -> None:
+    if ranks > senders > 1:
+        raise ConfigError(
+            f"{ranks} ranks or more at a site that was calibrated with {senders}: use a calibration of this TP size"
+        )
