@@ -11,7 +11,7 @@ import torch
 from ..codecs import hadamard
 from . import cpu_lanes as across
 from . import cpu_simd as simd
-from .cpu_planes import fill_tail, load
+from .cpu_planes import fill_tail, load, store_values
 from .cpu_simd import inline
 
 ABSOLUTE = np.int32(0x7FFFFFFF)
@@ -98,6 +98,19 @@ def load_group(source, n, bf16, turned, signs, z, scratch):
         rotate(z, n, signs, False)
     for j in range(n, (n + 31) // 32 * 32):
         simd.store_word(z + 4 * j, np.int32(0))
+
+
+@inline
+def store_group(z, n, turned, signs, target, bf16, scratch):
+    """z, rotated back if it was `turned` -> n values."""
+    itemsize = 2 if bf16 else 4
+    if turned:
+        rotate(z, n, signs, True)
+    for j in range(0, n, 32):
+        values = simd.load_fp32(z + 4 * j)
+        if turned:
+            values = simd.xor(values, simd.load_fp32(signs + 4 * j))
+        store_values(simd.canonical(values), target + j * itemsize, min(32, n - j), bf16, scratch)
 
 
 @inline

@@ -19,7 +19,7 @@ import torch
 
 from . import cpu_lanes as across
 from . import cpu_simd as simd
-from .cpu_planes import fill_tail, load, load_codes, plane_addresses, readable, store_codes, store_values
+from .cpu_planes import fill_tail, load, load_codes, plane_addresses, readable, store_codes, store_values, written
 from .cpu_simd import inline, jit
 from .cpu_spike_groups import NAN, SLOT, UPPER, choose_parameters, read_parameters
 
@@ -179,17 +179,15 @@ def encode_rows(codec: Spike, x: torch.Tensor, wire: torch.Tensor) -> None:
 
 def reduce_rows(codec: Spike, wires: torch.Tensor, out: torch.Tensor) -> None:
     """Sum of the decoded wires -> out, as `Codec.reduce_rows`."""
-    target = torch.empty(out.shape, dtype=torch.float32) if out.dtype == torch.float16 else out
     scratch = torch.zeros((1 + 6 * wires.shape[0]) * 32, dtype=torch.int32)
-    _reduce(
-        wires.shape[0],
-        wires.stride(0),
-        _sections(codec, wires[0], *out.shape),
-        (codec.bits, codec.group, codec.places, codec.sym),
-        target.data_ptr(),
-        target.dtype == torch.bfloat16,
-        *out.shape,
-        scratch.data_ptr(),
-    )
-    if target is not out:
-        out.copy_(target)
+    with written(out) as target:
+        _reduce(
+            wires.shape[0],
+            wires.stride(0),
+            _sections(codec, wires[0], *out.shape),
+            (codec.bits, codec.group, codec.places, codec.sym),
+            target.data_ptr(),
+            target.dtype == torch.bfloat16,
+            *out.shape,
+            scratch.data_ptr(),
+        )
