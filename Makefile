@@ -27,7 +27,9 @@ lint: $(INSTALLED)  ## check the code with ruff, and that the tables in the docs
 
 bench: $(INSTALLED)  ## measure on this machine, into benchmarks/results/ and the tables of README.md and docs/
 	@$(BIN)/python benchmarks/codecs.py --json benchmarks/results/codecs.json
+	@$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json --plot docs/sqnr.png
 	@$(BIN)/python benchmarks/scale_formats.py --json benchmarks/results/scale_formats.json
+	@$(BIN)/python benchmarks/spike_formats.py --json benchmarks/results/spike_formats.json
 	@$(BIN)/python benchmarks/demo.py --json benchmarks/results/demo.json
 	@$(BIN)/python benchmarks/tables.py
 

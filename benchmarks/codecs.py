@@ -6,12 +6,14 @@ loads what an earlier run compiled, and is shown apart.
 
     python benchmarks/codecs.py --json benchmarks/results/codecs.json
     python benchmarks/codecs.py --spec int4:g32 --spec int8:g128 --backend numba --dtype bf16
+    python benchmarks/codecs.py --quality ...      # accuracy instead: benchmarks/quality.py with its options
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -22,7 +24,9 @@ from rich.progress import track
 import megatron_lowbit as lowbit
 
 SPECS = [*(f"int{bits}:g32" for bits in range(2, 9)), "int4:g128", "int8:g128", "int4:g32:sym", "int8:g128:sym"]
-SPECS += ["fp8:g128", "mxfp8", "mxfp6", "mxfp4", "nvfp4", "bf16"]
+SPECS += ["fp8:g128", "mxfp8", "mxfp6", "mxfp4", "nvfp4", "int2:g32:spike", "int4:g32:spike",
+          *(f"gauss{bits}:g128" for bits in range(2, 8)), "gauss4:g256", "gauss7:g256",
+          *(f"gauss{bits}:g128:trellis" for bits in range(2, 6)), "bf16"]  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIRES = 4
 
@@ -56,13 +60,18 @@ def measure(spec: str, backend: str, dtype: str, values: int, repeats: int) -> d
 
 
 def main() -> None:
+    if "--quality" in sys.argv[1:]:
+        import quality
+
+        return quality.main([argument for argument in sys.argv[1:] if argument != "--quality"])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--spec", action="append", help="may be repeated (default: a set of 17)")
+    parser.add_argument("--spec", action="append", help="may be repeated (default: a set of 31)")
     parser.add_argument("--backend", action="append", choices=["numba", "reference"])
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     parser.add_argument("--values", type=int, default=4 << 20)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quality", action="store_true", help="accuracy instead, with the options of quality.py")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cases = [

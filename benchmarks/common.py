@@ -61,7 +61,7 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table: the first column to the left, the others to the right."""
     table = Table(title=title)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="right" if index else "left", no_wrap=not index)
     for row in rows:
         table.add_row(*row)
     console = Console()

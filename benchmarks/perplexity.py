@@ -30,7 +30,8 @@ SPECS = ["int8:g128", "int6:g128", "int6:g64", "int6:g32", "int5:g128", "int5:g6
          "int4:g128", "int4:g64", "int4:g32", "int4:g32:sym", "int3:g32", "int2:g32", "int2:g32:sym",
          "gauss6:g128", "gauss5:g256", "gauss5:g128:trellis", "gauss4:g128", "gauss4:g256", "gauss4:g128:trellis",
          "gauss3:g256", "gauss3:g128:trellis", "gauss2:g128:trellis", "gauss4:g128:trellis:outliers=1/64", "selective4",
-         "int4:g32:spike", "int2:g32:spike", "fp8", "mxfp8", "mxfp6", "mxfp4", "nvfp4"]  # fmt: skip
+         "int4:g64:spike", "int3:g64:spike", "int2:g128:sym:spike",
+         "fp8", "mxfp8", "mxfp6", "mxfp4", "nvfp4"]  # fmt: skip
 
 
 @torch.inference_mode()
@@ -77,7 +78,7 @@ def main() -> None:
     windows = ids[: len(ids) // arguments.window * arguments.window].view(-1, arguments.window)
     shape, specs, rows = (arguments.window, model.config.hidden_size), arguments.spec or SPECS, []
     other_text = arguments.calibration_text.read_text(encoding="utf-8")
-    other_windows = draw(tokenizer(other_text)["input_ids"], samples=64, length=min(256, arguments.window), seed=0)
+    other_windows = draw(tokenizer(other_text)["input_ids"], samples=256, length=min(256, arguments.window), seed=0)
     if calibrated := [spec for spec in specs if parse(spec).calibrated]:
         assert other_text != text, f"{calibrated} would be evaluated on what they were calibrated on: give another text"
     with Progress() as bar:

@@ -90,8 +90,8 @@ def threshold() -> str:
     return markdown(["bytes (bf16)", "exact, ms", f"`{result['spec']}`, ms", "exact / compressed"], rows, note)
 
 
-def scale_formats() -> str:
-    result = load("scale_formats")
+def formats(name: str) -> str:
+    result = load(name)
     methods = list(result["rows"][0]["sqnr_db"])
     rows = [[r["data"], str(r["bits"]), *(f"{r['sqnr_db'][m]:.2f}" for m in methods)] for r in result["rows"]]
     return markdown(["data", "bits", *methods], rows, f"SQNR in dB, groups of {result['group']}. {measured(result)}")
@@ -112,14 +112,82 @@ def calibration() -> str:
     return markdown(columns, rows, note)
 
 
+def quality() -> str:
+    """Known distributions, one hop."""
+    result = load("quality")
+    found = {(r["data"], r["spec"]): r for r in result["rows"] if not r["tp"]}
+    names = list(dict.fromkeys(data for data, _ in found))
+    lines = []
+    for spec in dict.fromkeys(spec for _, spec in found):
+        gaussian = found["Gaussian", spec]
+        lines.append([f"`{spec}`", f"{gaussian['bits_per_value']:.3f}", f"{gaussian['shannon_db']:.1f}",
+                      *(f"{found[name, spec]['sqnr_db']:.2f}" for name in names)])  # fmt: skip
+    rows, features = result["shape"]
+    note = f"SQNR in dB, one hop, {rows} × {features} values of bf16. {measured(result)}"
+    return markdown(["spec", "bits", "bound", *names], lines, note)
+
+
+def quality_model() -> str:
+    """A model's partial sums, one row per spec."""
+    result = load("quality")
+    found = {(r["tp"], r["hop"], r["spec"]): r for r in result["rows"] if r["tp"]}
+    tps = sorted({tp for tp, _, _ in found}, reverse=True)
+    lines = []
+    for spec in dict.fromkeys(spec for _, _, spec in found):
+        sums = [found[tp, "two-step", spec] for tp in tps]
+        cells = [f"{row['sqnr_db']:.2f}" for row in [*sums, found[tps[0], "one hop", spec]]]
+        cells[1:1] = [f"{sums[0]['mean_of_sites_db']:.2f}", f"{sums[0]['worst_site_db']:.2f}"]
+        lines.append([f"`{spec}`", f"{sums[0]['bits_per_value']:.3f}", *cells])
+    columns = ["spec", "bits", f"TP {tps[0]}", "mean of sites", "worst site", *(f"TP {tp}" for tp in tps[1:])]
+    note = (
+        f"SQNR in dB of the sum after two-step, all sites' energies together; mean and worst of the sites at "
+        f"TP {tps[0]}; one hop: of the partial sums themselves. `{result['text']}` (SHA-256 "
+        f"`{result['text_sha256'][:12]}…`): calibrated on its first {result['tokens_calibrated']:,} tokens, measured "
+        f"on the {result['tokens_measured']:,} that follow. {measured(result)}"
+    )
+    return markdown([*columns, f"one hop, TP {tps[0]}"], lines, note)
+
+
+def quality_targets() -> str:
+    result = load("quality")
+    lines = [
+        [g["goal"], f"{g['needed_db']:g}", f"{g['db']:.2f}", f"`{g['spec']}`", f"{g['bits_per_value']:.3f}",
+         "yes" if g["met"] else "no"]
+        for g in result["targets"]
+    ]  # fmt: skip
+    return markdown(["goal", "dB needed", "reached", "by", "bits", "met"], lines, measured(result))
+
+
+def spike() -> str:
+    result = load("spike_formats")
+    rows = [[f"`{r['spec']}`", f"{r['bits_per_value']:.2f}", *(f"{v:.1f}" for v in r["sqnr_db"].values())]
+            for r in result["specs"]]  # fmt: skip
+    return markdown(["spec", "bits per value", *result["specs"][0]["sqnr_db"]], rows, f"SQNR in dB. {measured(result)}")
+
+
+def alternatives() -> str:
+    result = load("alternatives")
+    rows = [[r["variant"], f"{r['bits_per_value']:.3f}", f"{r['sqnr_db']['Gaussian']:.2f}",
+             f"{r['sqnr_db']['Student t(3)']:.2f}" if "Student t(3)" in r["sqnr_db"] else ""]
+            for r in result["rows"]]  # fmt: skip
+    note = f"SQNR in dB, one hop, {result['values']:,} values. {measured(result)}"
+    return markdown(["variant", "bits", "Gaussian", "Student t(3)"], rows, note)
+
+
 TABLES = {
     "accuracy": accuracy,
     "accuracy-short": lambda: accuracy(["int8:g128", "int6:g64", "int4:g32", "int3:g32", "int2:g32:sym"]),
     "demo": demo,
     "codecs": codecs,
     "threshold": threshold,
-    "scale-formats": scale_formats,
     "calibration": calibration,
+    "alternatives": alternatives,
+    "quality": quality,
+    "quality-model": quality_model,
+    "quality-targets": quality_targets,
+    "scale-formats": lambda: formats("scale_formats"),
+    "spike": spike,
+    "spike-formats": lambda: formats("spike_formats"),
 }
 
 

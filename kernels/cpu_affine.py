@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from . import cpu_simd as simd
-from .cpu_planes import fill_tail, load, load_codes, plane_addresses, readable, store_codes, store_values
+from .cpu_planes import fill_tail, load, load_codes, plane_addresses, readable, store_codes, store_values, written
 from .cpu_simd import inline, jit
 
 if TYPE_CHECKING:
@@ -169,19 +169,17 @@ def encode_rows(codec: Affine, x: torch.Tensor, wire: torch.Tensor) -> None:
 
 def reduce_rows(codec: Affine, wires: torch.Tensor, out: torch.Tensor) -> None:
     """Sum of the decoded wires -> out, as `Codec.reduce_rows`."""
-    target = torch.empty(out.shape, dtype=torch.float32) if out.dtype == torch.float16 else out
     scratch = torch.empty(32, dtype=torch.int32)
-    _reduce(
-        wires.shape[0],
-        wires.stride(0),
-        *_addresses(codec, wires[0], *out.shape),
-        codec.bits,
-        codec.group,
-        codec.sym,
-        target.data_ptr(),
-        target.dtype == torch.bfloat16,
-        *out.shape,
-        scratch.data_ptr(),
-    )
-    if target is not out:
-        out.copy_(target)
+    with written(out) as target:
+        _reduce(
+            wires.shape[0],
+            wires.stride(0),
+            *_addresses(codec, wires[0], *out.shape),
+            codec.bits,
+            codec.group,
+            codec.sym,
+            target.data_ptr(),
+            target.dtype == torch.bfloat16,
+            *out.shape,
+            scratch.data_ptr(),
+        )

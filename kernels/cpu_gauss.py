@@ -17,8 +17,8 @@ import torch
 from ..codecs.lloyd_max import LEVELS
 from . import cpu_lanes as across
 from . import cpu_simd as simd
-from .cpu_planes import load_codes, plane_addresses, readable, store_codes, store_values
-from .cpu_rotation import ABSOLUTE, INF, NAN, SIGN_BITS, load_group, normalize, rotate, storable
+from .cpu_planes import load_codes, plane_addresses, readable, store_codes, written
+from .cpu_rotation import ABSOLUTE, INF, NAN, SIGN_BITS, load_group, normalize, storable, store_group
 from .cpu_simd import inline, jit
 
 if TYPE_CHECKING:
@@ -200,14 +200,7 @@ def _reduce(
                     values = simd.fmul(level, simd.as_float(simd.load_word(factors + 4 * wire)))
                     sum_ = values if wire == 0 else simd.fadd(sum_, values)
                 simd.store_fp32(total + 4 * j, sum_)
-            if turned:
-                rotate(total, n, True)
-            for j in range(0, n, 32):
-                values = simd.load_fp32(total + 4 * j)
-                if turned:
-                    values = simd.xor(values, simd.load_fp32(signs + 4 * j))
-                values = simd.canonical(values)
-                store_values(values, out + (row * features + start + j) * itemsize, min(32, n - j), bf16, scratch)
+            store_group(total, n, turned, signs, out + (row * features + start) * itemsize, bf16, scratch)
 
 
 @lru_cache
@@ -241,26 +234,24 @@ def encode_rows(codec: Gauss, x: torch.Tensor, wire: torch.Tensor) -> None:
 
 def reduce_rows(codec: Gauss, wires: torch.Tensor, out: torch.Tensor) -> None:
     """Sum of the decoded wires -> out, as `Codec.reduce_rows`."""
-    target = torch.empty(out.shape, dtype=torch.float32) if out.dtype == torch.float16 else out
     scratch, tables = torch.zeros(_SCRATCH, dtype=torch.uint8), _tables(codec.bits)
     factors = torch.empty(wires.shape[0])
     views = codec.split(wires[0], *out.shape)
-    _reduce(
-        wires.shape[0],
-        wires.stride(0),
-        plane_addresses(views),
-        views["scales"].data_ptr() if "scales" in views else 0,
-        codec.scales_per_row(out.shape[1]),
-        codec.bits,
-        codec.group,
-        codec.rotates,
-        SIGN_BITS.data_ptr(),
-        tables.data_ptr(),
-        target.data_ptr(),
-        target.dtype == torch.bfloat16,
-        *out.shape,
-        scratch.data_ptr(),
-        factors.data_ptr(),
-    )
-    if target is not out:
-        out.copy_(target)
+    with written(out) as target:
+        _reduce(
+            wires.shape[0],
+            wires.stride(0),
+            plane_addresses(views),
+            views["scales"].data_ptr() if "scales" in views else 0,
+            codec.scales_per_row(out.shape[1]),
+            codec.bits,
+            codec.group,
+            codec.rotates,
+            SIGN_BITS.data_ptr(),
+            tables.data_ptr(),
+            target.data_ptr(),
+            target.dtype == torch.bfloat16,
+            *out.shape,
+            scratch.data_ptr(),
+            factors.data_ptr(),
+        )

@@ -20,7 +20,7 @@ from ..codecs.minifloat import E4M3
 from . import cpu_lanes as across
 from . import cpu_minifloat as minifloat
 from . import cpu_simd as simd
-from .cpu_planes import fill_tail, load, load_codes, plane_addresses, readable, store_codes, store_values
+from .cpu_planes import fill_tail, load, load_codes, plane_addresses, readable, store_codes, store_values, written
 from .cpu_simd import inline, jit
 
 if TYPE_CHECKING:
@@ -266,18 +266,16 @@ def encode_rows(codec: Microscaling, x: torch.Tensor, wire: torch.Tensor) -> Non
 
 def reduce_rows(codec: Microscaling, wires: torch.Tensor, out: torch.Tensor) -> None:
     """Sum of the decoded wires -> out, as `Codec.reduce_rows`."""
-    target = torch.empty(out.shape, dtype=torch.float32) if out.dtype == torch.float16 else out
     scratch = torch.empty(32, dtype=torch.int32)
-    _reduce(
-        wires.shape[0],
-        wires.stride(0),
-        *_addresses(codec, wires[0], *out.shape),
-        _numbers(codec),
-        target.data_ptr(),
-        target.dtype == torch.bfloat16,
-        *out.shape,
-        scratch.data_ptr(),
-        _scale_values.data_ptr(),
-    )
-    if target is not out:
-        out.copy_(target)
+    with written(out) as target:
+        _reduce(
+            wires.shape[0],
+            wires.stride(0),
+            *_addresses(codec, wires[0], *out.shape),
+            _numbers(codec),
+            target.data_ptr(),
+            target.dtype == torch.bfloat16,
+            *out.shape,
+            scratch.data_ptr(),
+            _scale_values.data_ptr(),
+        )

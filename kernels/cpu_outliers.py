@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from . import cpu_simd as simd
-from .cpu_planes import copy, store_values
+from .cpu_planes import copy, store_values, written
 from .cpu_simd import jit
 
 
 @jit
 def _split(x, itemsize, rows, features, segments, number, count, out):
-    """Rows of `features` values -> rows of the `count` ordinary ones. segments: int32 [number, 3], see `_segments`."""
+    """Rows of `features` values -> rows of the `count` ordinary ones. segments: int32 [number, 3], see `segments`."""
     for row in range(rows):
         last = (rows - row - 1) * count * itemsize < 128
         for segment in range(segments, segments + 12 * number, 12):
@@ -63,16 +63,15 @@ def split(x: torch.Tensor, runs: torch.Tensor, count: int) -> torch.Tensor:
 
 def join(ordinary: torch.Tensor, runs: torch.Tensor, out: torch.Tensor) -> None:
     """The inverse: fp32 [rows, count], with 32 values' space behind it, into out [rows, features]."""
-    target, scratch = out if out.dtype != torch.float16 else out.float(), torch.empty(32)
-    _join(
-        ordinary.data_ptr(),
-        *out.shape,
-        runs.data_ptr(),
-        len(runs),
-        ordinary.shape[1],
-        target.data_ptr(),
-        target.dtype == torch.bfloat16,
-        scratch.data_ptr(),
-    )
-    if target is not out:
-        out.copy_(target)
+    scratch = torch.empty(32)
+    with written(out) as target:
+        _join(
+            ordinary.data_ptr(),
+            *out.shape,
+            runs.data_ptr(),
+            len(runs),
+            ordinary.shape[1],
+            target.data_ptr(),
+            target.dtype == torch.bfloat16,
+            scratch.data_ptr(),
+        )

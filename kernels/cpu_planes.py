@@ -7,6 +7,9 @@ through `scratch`, 128 bytes that the caller owns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -105,9 +108,18 @@ def load_codes(n, at, planes, skip, bits, scratch):
     return codes
 
 
-def plane_addresses(views: dict[str, torch.Tensor]) -> tuple[int, int, int, int]:
+def plane_addresses(views: dict[str, torch.Tensor], prefix: str = "plane") -> tuple[int, int, int, int]:
     """Sections of a wire (`Codec.split`) -> `planes`."""
-    return tuple(views[name].data_ptr() if (name := f"plane{width}") in views else 0 for width in (8, 4, 2, 1))
+    return tuple(views[name].data_ptr() if (name := f"{prefix}{width}") in views else 0 for width in (8, 4, 2, 1))
+
+
+@contextmanager
+def written(out: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Where a kernel writes: out itself, or for fp16 an fp32 tensor that is rounded into it afterwards."""
+    target = torch.empty(out.shape, dtype=torch.float32) if out.dtype == torch.float16 else out
+    yield target
+    if target is not out:
+        out.copy_(target)
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:

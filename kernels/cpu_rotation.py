@@ -11,7 +11,7 @@ import torch
 from ..codecs import hadamard
 from . import cpu_lanes as across
 from . import cpu_simd as simd
-from .cpu_planes import fill_tail, load
+from .cpu_planes import fill_tail, load, store_values
 from .cpu_simd import inline
 
 ABSOLUTE = np.int32(0x7FFFFFFF)
@@ -41,8 +41,14 @@ def _butterfly(at, n):
 
 
 @inline
-def rotate(at, n, backwards):
-    """The group in memory, signs left out."""
+def _negate(at, n, signs):
+    for j in range(0, n, 32):
+        simd.store_fp32(at + 4 * j, simd.xor(simd.load_fp32(at + 4 * j), simd.load_fp32(signs + 4 * j)))
+
+
+@inline
+def rotate(at, n, signs, backwards):
+    """The group in memory, without the signs of its values."""
     p, factor = 32, np.float32(0.17677669)  # 1 / sqrt(32)
     while 2 * p <= n:
         p *= 2
@@ -53,9 +59,14 @@ def rotate(at, n, backwards):
             _scale_by(at, p, np.float32(1) / np.float32(p))
     else:
         for step in range(2):
-            part = at + 4 * (n - p) if (step == 1) != backwards else at
+            last = (step == 1) != backwards
+            part = at + 4 * (n - p) if last else at
+            if last and not backwards:
+                _negate(part, p, signs)
             _butterfly(part, p)
             _scale_by(part, p, factor)
+            if last and backwards:
+                _negate(part, p, signs)
 
 
 @inline
@@ -86,9 +97,22 @@ def load_group(source, n, bf16, turned, signs, z, scratch):
             values = simd.xor(values, simd.load_fp32(signs + 4 * j))
         simd.store_fp32(z + 4 * j, values)
     if turned:
-        rotate(z, n, False)
+        rotate(z, n, signs, False)
     for j in range(n, (n + 31) // 32 * 32):
         simd.store_word(z + 4 * j, np.int32(0))
+
+
+@inline
+def store_group(z, n, turned, signs, target, bf16, scratch):
+    """z, rotated back if it was `turned` -> n values."""
+    itemsize = 2 if bf16 else 4
+    if turned:
+        rotate(z, n, signs, True)
+    for j in range(0, n, 32):
+        values = simd.load_fp32(z + 4 * j)
+        if turned:
+            values = simd.xor(values, simd.load_fp32(signs + 4 * j))
+        store_values(simd.canonical(values), target + j * itemsize, min(32, n - j), bf16, scratch)
 
 
 @inline

@@ -34,6 +34,9 @@ def jit(function):
 
 
 inline = numba.njit(inline="always", error_model="numpy")
+separate = numba.njit(
+    error_model="numpy"
+)  # for long functions that run once per 32 groups: sooner compiled than inline
 
 _i8, _i32, _f32 = ir.IntType(8), ir.IntType(32), ir.FloatType()
 _ints, _floats = ir.VectorType(_i32, LANES), ir.VectorType(_f32, LANES)
@@ -189,6 +192,8 @@ fadd = _elementwise(True, lambda builder, a, b: builder.fadd(a, b))
 fsub = _elementwise(True, lambda builder, a, b: builder.fsub(a, b))
 fmul = _elementwise(True, lambda builder, a, b: builder.fmul(a, b))
 fdiv = _elementwise(True, lambda builder, a, b: builder.fdiv(a, b))
+at_least = _elementwise(True, lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), b, a))  # NaN: a
+at_most = _elementwise(True, lambda builder, a, b: builder.select(builder.fcmp_ordered("<", b, a), b, a))
 add = _elementwise(False, lambda builder, a, b: builder.add(a, b))
 sub = _elementwise(False, lambda builder, a, b: builder.sub(a, b))
 or_ = _elementwise(False, lambda builder, a, b: builder.or_(a, b))

@@ -22,12 +22,11 @@ import numpy as np
 import torch
 
 from ..codecs.lloyd_max import TRELLIS
-from ..codecs.trellis import UNREACHABLE
 from . import cpu_lanes as across
 from . import cpu_simd as simd
 from .cpu_gauss import signed_level
-from .cpu_planes import load_codes, plane_addresses, readable, store_codes, store_values
-from .cpu_rotation import INF, NAN, SIGN_BITS, load_group, normalize, rotate, storable
+from .cpu_planes import load_codes, plane_addresses, readable, store_codes, written
+from .cpu_rotation import INF, NAN, SIGN_BITS, load_group, normalize, storable, store_group
 from .cpu_simd import inline, jit
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ _CHOICES = _GROUPS + 32 * 1024
 _WORDS = _CHOICES + 256 * 128
 _CODES = _WORDS + 64 * 128
 _SCRATCH = _CODES + 32 * 256
-_UNREACHABLE = np.float32(UNREACHABLE)
 
 
 @inline
@@ -59,13 +57,13 @@ def _step(first, second, first_index, second_index):
 
 
 @inline
-def _search(n, bits, subsets, scratch):
+def _search(n, bits, subsets, unreachable, scratch):
     """The best paths of 32 groups -> their codes in memory, group after group."""
     count = 1 << (bits - 1)
     inverses = simd.load_fp32(scratch + _INVERSES)
     strides = simd.shift_left(across.lanes(), np.int32(8))
     c0 = simd.splat(np.int32(0))
-    c1 = simd.splat(simd.as_int(_UNREACHABLE))
+    c1 = simd.splat(simd.as_int(unreachable))
     c2, c3 = c1, c1
     for t in range(n):
         u = simd.fmul(across.lookup(scratch + _GROUPS + 4 * t, strides), inverses)
@@ -121,7 +119,9 @@ def _levels(codes, before, levels, bits):
 
 
 @jit
-def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs, levels, subsets, scratch):
+def _encode(
+    x, bf16, rows, features, planes, scales, bits, group, rotates, signs, levels, subsets, unreachable, scratch
+):
     itemsize = 2 if bf16 else 4
     padded = (features + 7) // 8 * 8
     full, rest = features // group, features % group
@@ -141,7 +141,7 @@ def _encode(x, bf16, rows, features, planes, scales, bits, group, rotates, signs
                 simd.store_word(scratch + _INVERSES + 4 * lane, simd.as_int(inverse))
                 simd.store_word(scratch + _POWERS + 4 * lane, simd.as_int(power))
                 simd.store_word(scratch + _PEAKS + 4 * lane, peak)
-            _search(n, bits, subsets, scratch)
+            _search(n, bits, subsets, unreachable, scratch)
             for lane in range(count):
                 row = (batch + lane) // per_row
                 index = (batch + lane) % per_row + (full if part else 0)
@@ -189,14 +189,7 @@ def _reduce(wires, stride, planes, scales, bits, group, rotates, signs, levels, 
                     if wire:
                         values = simd.fadd(simd.load_fp32(total + 4 * j), values)
                     simd.store_fp32(total + 4 * j, values)
-            if turned:
-                rotate(total, n, True)
-            for j in range(0, n, 32):
-                values = simd.load_fp32(total + 4 * j)
-                if turned:
-                    values = simd.xor(values, simd.load_fp32(signs + 4 * j))
-                values = simd.canonical(values)
-                store_values(values, out + (row * features + start + j) * itemsize, min(32, n - j), bf16, scratch)
+            store_group(total, n, turned, signs, out + (row * features + start) * itemsize, bf16, scratch)
 
 
 @lru_cache
@@ -227,6 +220,7 @@ def encode_rows(codec: Trellis, x: torch.Tensor, wire: torch.Tensor) -> None:
         SIGN_BITS.data_ptr(),
         tables.data_ptr(),
         tables[64:].data_ptr(),
+        np.float32(codec.unreachable),
         scratch.data_ptr(),
     )
     codec.clear_gaps(wire, *x.shape)
@@ -234,23 +228,21 @@ def encode_rows(codec: Trellis, x: torch.Tensor, wire: torch.Tensor) -> None:
 
 def reduce_rows(codec: Trellis, wires: torch.Tensor, out: torch.Tensor) -> None:
     """Sum of the decoded wires -> out, as `Codec.reduce_rows`."""
-    target = torch.empty(out.shape, dtype=torch.float32) if out.dtype == torch.float16 else out
     scratch, tables = torch.zeros(_GROUPS + 1024, dtype=torch.uint8), _tables(codec.bits)
     views = codec.split(wires[0], *out.shape)
-    _reduce(
-        wires.shape[0],
-        wires.stride(0),
-        plane_addresses(views),
-        views["scales"].data_ptr(),
-        codec.bits,
-        codec.group,
-        codec.rotates,
-        SIGN_BITS.data_ptr(),
-        tables.data_ptr(),
-        target.data_ptr(),
-        target.dtype == torch.bfloat16,
-        *out.shape,
-        scratch.data_ptr(),
-    )
-    if target is not out:
-        out.copy_(target)
+    with written(out) as target:
+        _reduce(
+            wires.shape[0],
+            wires.stride(0),
+            plane_addresses(views),
+            views["scales"].data_ptr(),
+            codec.bits,
+            codec.group,
+            codec.rotates,
+            SIGN_BITS.data_ptr(),
+            tables.data_ptr(),
+            target.data_ptr(),
+            target.dtype == torch.bfloat16,
+            *out.shape,
+            scratch.data_ptr(),
+        )

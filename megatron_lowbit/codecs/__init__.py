@@ -7,8 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from ..errors import ConfigError
-from ..spec import FLOATS, GAUSS, INTEGERS, MICROSCALING, PASSTHROUGH, SELECTIVE, Leg, parse_leg
+from ..spec import GAUSS, INTEGERS, PASSTHROUGH, SELECTIVE, Leg, parse_leg
 from . import passthrough
 from .affine import Affine
 from .base import Codec
@@ -17,6 +16,7 @@ from .microscaling import Microscaling
 from .outliers import Outliers
 from .passthrough import Passthrough
 from .selective import Selective
+from .spike import Spike
 from .trellis import Trellis
 
 __all__ = ["Codec", "codec", "make", "plain"]
@@ -36,13 +36,11 @@ def make(leg: Leg) -> Codec:
         return Outliers(leg, make(replace(leg, outliers=None)))
     if leg.name in PASSTHROUGH:
         return Passthrough(leg)
-    if leg.name in INTEGERS and not leg.spike:
-        return Affine(leg)
+    if leg.name in INTEGERS:
+        return Spike(leg) if leg.spike else Affine(leg)
     if leg.name in GAUSS:
         return Trellis(leg) if leg.trellis else Gauss(leg)
-    if leg.name in FLOATS + MICROSCALING:
-        return Microscaling(leg)
-    raise ConfigError(f"codec {str(leg)!r} is not available in this version")
+    return Microscaling(leg)
 
 
 def plain(dtype: torch.dtype) -> Codec:

@@ -60,10 +60,8 @@ class Affine(Codec):
 
             return cpu_affine.encode_rows(self, x, wire)
         codes, scale, zero = quantize(x.float(), self.bits, self.group, self.sym)
-        views, shift = self.split(wire, *x.shape), 0
-        for width in packing.planes(self.bits):
-            views[f"plane{width}"].copy_(packing.pack((codes >> shift) & (2**width - 1), width).flatten())
-            shift += width
+        views = self.split(wire, *x.shape)
+        packing.store(views, "plane", codes, self.bits)
         views["scales"].view(torch.bfloat16).copy_(scale.flatten())
         if not self.sym:
             views["zeros"].view(torch.bfloat16).copy_(zero.flatten())
@@ -80,11 +78,8 @@ class Affine(Codec):
         out.copy_(rounded(total, out.dtype))
 
     def _decode(self, wire: torch.Tensor, rows: int, features: int) -> torch.Tensor:
-        views, shift = self.split(wire, rows, features), 0
-        codes = torch.zeros(rows, features, dtype=torch.uint8, device=wire.device)
-        for width in packing.planes(self.bits):
-            codes |= packing.unpack(views[f"plane{width}"].view(rows, -1), features, width) << shift
-            shift += width
+        views = self.split(wire, rows, features)
+        codes = packing.load(views, "plane", rows, features, self.bits)
         scale = views["scales"].view(torch.bfloat16).view(rows, -1)
         zero = None if self.sym else views["zeros"].view(torch.bfloat16).view(rows, -1)
         return dequantize(codes, scale, zero, self.bits, self.group)

@@ -11,8 +11,10 @@ Definition, in fp32, for a group of n values (a row's last group may be shorter 
 
 If n is a power of two from 32 up, the transform is that butterfly with p = n, without its factor 1 / sqrt(n), which no
 scale notices, and its inverse is the same butterfly times 1 / n, an exact factor. Otherwise p is the largest power of
-two below n, and the butterfly times 1 / sqrt(p), as fp32, is applied to the first p values and then to the last p; the
-inverse does so in the opposite order. Fewer than 32 values are not rotated at all, signs included.
+two below n, and the butterfly times 1 / sqrt(p), as fp32, is applied to the first p values and then, after the signs
+of the first p once more, to the last p; the inverse undoes that in the opposite order. Without signs in between,
+the second butterfly would undo most of the first: 192 values, one of them 30 times the others' size, would come out at
+8.9 dB with 4 bits instead of 20.9. Fewer than 32 values are not rotated at all, signs included.
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     n = x.shape[-1]
     if n < SMALLEST:
         return x.clone()
-    x, p = x * SIGNS[:n].to(x.device), _power(n)
+    p, signs = _power(n), SIGNS[:n].to(x.device)
+    x = x * signs
     if p == n:
         return _butterfly(x)
     x[..., :p] = _butterfly(x[..., :p]) * _factor(p)
-    x[..., n - p :] = _butterfly(x[..., n - p :]) * _factor(p)
+    x[..., n - p :] = _butterfly(x[..., n - p :] * signs[:p]) * _factor(p)
     return x
 
 
@@ -46,13 +49,13 @@ def unrotate(z: torch.Tensor) -> torch.Tensor:
     n = z.shape[-1]
     if n < SMALLEST:
         return z.clone()
-    p = _power(n)
+    p, signs = _power(n), SIGNS[:n].to(z.device)
     if p == n:
-        return _butterfly(z) * (1.0 / n) * SIGNS[:n].to(z.device)
+        return _butterfly(z) * (1.0 / n) * signs
     z = z.clone()
-    z[..., n - p :] = _butterfly(z[..., n - p :]) * _factor(p)
+    z[..., n - p :] = _butterfly(z[..., n - p :]) * _factor(p) * signs[:p]
     z[..., :p] = _butterfly(z[..., :p]) * _factor(p)
-    return z * SIGNS[:n].to(z.device)
+    return z * signs
 
 
 def _power(n: int) -> int:

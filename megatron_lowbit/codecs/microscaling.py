@@ -103,15 +103,13 @@ class Microscaling(Codec):
             from ..kernels import cpu_microscaling
 
             return cpu_microscaling.encode_rows(self, x, wire)
-        blocks, views, shift = self._blocks(x.float()), self.split(wire, *x.shape), 0
+        blocks, views = self._blocks(x.float()), self.split(wire, *x.shape)
         amax = blocks.abs().amax(-1)  # NaN wins
         finite = amax < torch.inf
         inverse = self._store_scales(amax, finite, views)
         codes = self.format.element.encode(torch.where(finite[..., None], blocks, 0.0) * inverse[..., None])
         codes = codes.flatten(1)[:, : x.shape[1]]
-        for width in packing.planes(self.format.element.bits):
-            views[f"plane{width}"].copy_(packing.pack((codes >> shift) & (2**width - 1), width).flatten())
-            shift += width
+        packing.store(views, "plane", codes, self.format.element.bits)
         self.clear_gaps(wire, *x.shape)
 
     def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
@@ -148,11 +146,8 @@ class Microscaling(Codec):
         return torch.where(code > 0, 1.0 / (E4M3.decode(code) * row), 0.0)
 
     def _decode(self, wire: torch.Tensor, rows: int, features: int) -> torch.Tensor:
-        views, shift = self.split(wire, rows, features), 0
-        codes = torch.zeros(rows, features, dtype=torch.uint8, device=wire.device)
-        for width in packing.planes(self.format.element.bits):
-            codes |= packing.unpack(views[f"plane{width}"].view(rows, -1), features, width) << shift
-            shift += width
+        views = self.split(wire, rows, features)
+        codes = packing.load(views, "plane", rows, features, self.format.element.bits)
         values = self.format.element.decode(self._blocks(codes))
         for factor in self._factors(views, rows):
             values = values * factor[..., None]

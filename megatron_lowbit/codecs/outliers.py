@@ -63,7 +63,11 @@ class Outliers(Codec):
 
     def sections(self, rows: int, features: int) -> list[tuple[str, int]]:
         k = self.count(features)
-        return [*self.base.sections(rows, features - k), ("outliers", 2 * rows * k)]
+        try:
+            ordinary = self.base.sections(rows, features - k)
+        except ConfigError as error:
+            raise ConfigError(f"{features - k} of {features} features are no outliers: {error}") from error
+        return [*ordinary, ("outliers", 2 * rows * k)]
 
     def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         ordinary, picked = self._split(x)
@@ -74,6 +78,7 @@ class Outliers(Codec):
 
     def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         rows, features = out.shape
+        self._check_features(features)
         total = self._outliers(wires[0], rows, features).float()
         for wire in wires[1:]:
             total = total + self._outliers(wire, rows, features)
@@ -103,7 +108,6 @@ class Outliers(Codec):
 
     def _join(self, ordinary: torch.Tensor, outliers: torch.Tensor, out: torch.Tensor) -> None:
         """The inverse, rounded to the dtype of out."""
-        self._check_features(out.shape[1])
         if not self.whole:
             out[:, : ordinary.shape[1]] = ordinary
             out[:, ordinary.shape[1] :] = outliers

@@ -54,6 +54,23 @@ def unpack(plane: torch.Tensor, features: int, width: int) -> torch.Tensor:
     return codes[:, :features]
 
 
+def store(views: dict[str, torch.Tensor], name: str, codes: torch.Tensor, bits: int) -> None:
+    """codes [rows, values] uint8 -> the sections `name` + width of a wire (`Codec.split`)."""
+    shift = 0
+    for width in planes(bits):
+        views[f"{name}{width}"].copy_(pack((codes >> shift) & (2**width - 1), width).flatten())
+        shift += width
+
+
+def load(views: dict[str, torch.Tensor], name: str, rows: int, values: int, bits: int) -> torch.Tensor:
+    """The inverse of `store`: -> codes [rows, values] uint8."""
+    codes, shift = torch.zeros(rows, values, dtype=torch.uint8, device=views[f"{name}{planes(bits)[0]}"].device), 0
+    for width in planes(bits):
+        codes |= unpack(views[f"{name}{width}"].view(rows, -1), values, width) << shift
+        shift += width
+    return codes
+
+
 def _pack_blocks(codes: torch.Tensor, block: int, width: int) -> torch.Tensor:
     if codes.numel() == 0:
         return codes.new_empty(codes.shape[0], 0)

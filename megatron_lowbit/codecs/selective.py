@@ -23,6 +23,7 @@ from copy import copy
 
 import torch
 
+from ..errors import ConfigError
 from ..spec import Leg
 from . import backend, packing
 from .affine import SMALLEST_NORMAL
@@ -63,17 +64,17 @@ class Ranges(Codec):
         t = (x.float() - low) * inverse
         t = torch.where(t > 0, t, 0.0)  # NaN too
         codes = torch.round(torch.where(t < 2**self.bits - 1, t, 2.0**self.bits - 1)).to(torch.uint8)
-        self.split(wire, *x.shape)[f"plane{self.bits}"].copy_(packing.pack(codes, self.bits).flatten())
+        packing.store(self.split(wire, *x.shape), "plane", codes, self.bits)
 
     def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
+        _check_senders(len(wires), len(self.low))
         if backend.of(out.device) == "numba":
             from ..kernels import cpu_selective
 
             return cpu_selective.reduce_rows(self, wires, out)
         total = None
         for sender, wire in enumerate(wires, self.sender if len(wires) == 1 else 0):
-            plane = self.split(wire, *out.shape)[f"plane{self.bits}"].view(out.shape[0], -1)
-            codes = packing.unpack(plane, out.shape[1], self.bits).float()
+            codes = packing.load(self.split(wire, *out.shape), "plane", *out.shape, self.bits).float()
             sender = sender if len(self.low) > 1 else 0
             low, scale = (table[sender, : out.shape[1]].to(out.device) for table in (self.low, self.scale))
             values = low + codes * scale
@@ -88,6 +89,7 @@ class Selective(Outliers):
         super().__init__(leg, Ranges(leg, statistics, sender), statistics)
 
     def bind(self, statistics: Statistics, rank: int) -> Codec:
+        _check_senders(rank + 1, len(statistics.low))
         return Selective(self.leg, statistics, rank if len(statistics.low) > 1 else 0)
 
     def sent_by(self, rank: int) -> Codec:
@@ -106,3 +108,10 @@ class Selective(Outliers):
     def _join(self, ordinary: torch.Tensor, outliers: torch.Tensor, out: torch.Tensor) -> None:
         ordinary.masked_fill_(outliers[:, :1].isnan(), torch.nan)
         super()._join(ordinary, outliers.masked_fill(outliers[:, :1].isnan(), torch.nan), out)
+
+
+def _check_senders(ranks: int, senders: int) -> None:
+    if ranks > senders > 1:
+        raise ConfigError(
+            f"{ranks} ranks or more at a site that was calibrated with {senders}: use a calibration of this TP size"
+        )

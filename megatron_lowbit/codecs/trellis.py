@@ -33,14 +33,13 @@ from ..spec import Leg
 from .gauss import Gauss
 from .lloyd_max import TRELLIS
 
-UNREACHABLE = 1e9
 _SUBSETS = torch.tensor([[0, 2, 1, 3], [2, 0, 3, 1]])  # [second predecessor?, new state]
 
 
 class Trellis(Gauss):
     """bits, group: as in the spec."""
 
-    zero = 0
+    zero, unreachable = 0, 1e9
 
     def __init__(self, leg: Leg, rotates: bool = True) -> None:
         super().__init__(leg, rotates)
@@ -54,7 +53,7 @@ class Trellis(Gauss):
         return cpu_trellis
 
     def _quantize(self, u: torch.Tensor) -> torch.Tensor:
-        return best_path(u, self.levels.to(u.device))
+        return best_path(u, self.levels.to(u.device), self.unreachable)
 
     def _level(self, codes: torch.Tensor) -> torch.Tensor:
         return self.levels.to(codes.device)[level_index(codes)]
@@ -67,7 +66,7 @@ def level_index(codes: torch.Tensor) -> torch.Tensor:
     return 4 * (codes >> 1) + 2 * (low[..., 2:] ^ low[..., :-2]) + low[..., 1:-1]
 
 
-def best_path(u: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+def best_path(u: torch.Tensor, levels: torch.Tensor, unreachable: float = 1e9) -> torch.Tensor:
     """u fp32 [..., n] -> the codes whose levels come closest, int32, alike."""
     values = u.reshape(-1, u.shape[-1])
     indices, distances = [], []
@@ -78,7 +77,7 @@ def best_path(u: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         distances.append((values - own[index]) * (values - own[index]))
     index, distance = torch.stack(indices, -1), torch.stack(distances, -1)  # [groups, n, subset]
     subsets = _SUBSETS.to(u.device)
-    cost = values.new_tensor([0.0, UNREACHABLE, UNREACHABLE, UNREACHABLE]).expand(len(values), 4)
+    cost = values.new_tensor([0.0, unreachable, unreachable, unreachable]).expand(len(values), 4)
     seconds = []
     for t in range(values.shape[1]):
         first = cost[:, [0, 0, 1, 1]] + distance[:, t, subsets[0]]

@@ -12,9 +12,11 @@ import pytest
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.__main__ import main
+from megatron_lowbit.calibration_file import Calibration
 from megatron_lowbit.cli.files import BUNDLED
 from megatron_lowbit.cli.generate import agreement
 from megatron_lowbit.cli.job import DEFAULT_SPEC
+from tests.calibrations import random_calibration
 
 COMMAND = [sys.executable, "-m", "megatron_lowbit", "generate"]
 SHORT = ["--max-new-tokens", "12", "--prompt", "The old house stood", "--prompt", "It was a cold morning"]
@@ -147,7 +149,14 @@ BERT = '{"model_type": "bert"}'
     "arguments, message",
     [
         (["--comm", "int9"], "unknown codec 'int9' in spec 'int9': use one of bf16"),
-        (["--comm", "gauss4:g128"], "not available in this version"),
+        (
+            ["--comm", "selective4"],
+            "needs a calibration: make a file with 'megatron-lowbit calibrate'",
+        ),
+        (["--comm", "selective4", "--comm-calibration", "/nowhere"], "there is no calibration file /nowhere"),
+        (["--comm-calibration", __file__], "makes no use of calibration="),
+        (["--comm", "exact", "--comm-calibration", __file__], "--comm exact makes no use of --comm-calibration"),
+        (["--comm", "selective4", "--comm-calibration", __file__], "cannot be read"),
         (["--comm", "int4:g48"], "group size 'g48'"),
         (["--comm-algorithm", "ring"], "unknown algorithm 'ring': use one of auto, one-shot, two-step, exact"),
         (["--comm-min-bytes", "-1"], "min_bytes is -1"),
@@ -215,6 +224,26 @@ def test_a_launcher_with_another_number_of_ranks(monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     assert main(["generate", "--tp", "2"]) == 2
     assert "--tp is 2, but the launcher started 4 ranks: start 2, or give --tp 4" in capsys.readouterr().err
+
+
+def test_a_calibration_of_other_ranks_or_another_model_is_refused_before_any_rank_starts(tmp_path, capsys):
+    sites = [f"layers.{layer}.{kind}" for layer in range(6) for kind in ("attention", "mlp")]
+    calibration = random_calibration(sites, 2, 256, "1/64")
+    other = Calibration(calibration.ranges, calibration.outliers, calibration.fraction, {"fingerprint": "0" * 64})
+    for name, which in (
+        ("right", calibration),
+        ("other", other),
+        ("few", random_calibration(sites[:5], 2, 256, "1/64")),
+    ):
+        which.save(tmp_path / name)
+    for name, tp, message in (
+        ("right", "4", "was made for TP 2, this group has 4 ranks: run calibrate --tp 4"),
+        ("other", "2", "was made for another model"),
+        ("few", "2", "lacks layers.2.mlp, layers.3.attention, layers.3.mlp and 4 more"),
+    ):
+        arguments = ["--comm", "selective4", "--comm-calibration", str(tmp_path / name), "--tp", tp]
+        assert main(["generate", *arguments]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_errors_found_inside_the_ranks_are_said_once(tmp_path):

@@ -46,20 +46,25 @@ def butterfly(part: list[F]) -> list[F]:
     return part
 
 
+def signed(x: list[F]) -> list[F]:
+    return [-v if negative else v for v, negative in zip(x, negated(), strict=False)]
+
+
 def rotate(x: list[F], backwards: bool) -> list[F]:
     """A whole group; groups below 32 stay as they are."""
     n = len(x)
     if n < 32:
         return list(x)
-    flip = [-1 if negative else 1 for negative in negated()]
-    z = list(x) if backwards else [F(v * s) for v, s in zip(x, flip, strict=False)]
-    p = 2 ** int(math.log2(n))
+    p, z = 2 ** int(math.log2(n)), list(x) if backwards else signed(x)
     if p == n:
         z = [v * F(1 / n) for v in butterfly(z)] if backwards else butterfly(z)
     else:
-        for start in (n - p, 0) if backwards else (0, n - p):
-            z[start : start + p] = [v * F(1 / math.sqrt(p)) for v in butterfly(z[start : start + p])]
-    return [F(v * s) for v, s in zip(z, flip, strict=False)] if backwards else z
+        for last in (True, False) if backwards else (False, True):
+            part = slice(n - p, n) if last else slice(0, p)
+            turned = butterfly(signed(z[part]) if last and not backwards else z[part])
+            turned = [v * F(1 / math.sqrt(p)) for v in turned]
+            z[part] = signed(turned) if last and backwards else turned
+    return signed(z) if backwards else z
 
 
 def total(terms: list[F]) -> F:

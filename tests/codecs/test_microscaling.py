@@ -275,9 +275,10 @@ def test_rows_that_are_no_multiple_of_the_block_are_refused(backend, spec):
             call()
 
 
-def test_outliers_are_not_available_yet():
-    with pytest.raises(lowbit.LowBitError, match="not available"):
-        lowbit.codec("mxfp4:outliers=1/64")
+def test_what_outliers_leave_must_be_a_multiple_too():
+    assert lowbit.codec("mxfp4:outliers=1/64").wire_nbytes((1, 4096)) == 4032 * 17 // 32 + 2 + 2 * 64
+    with pytest.raises(lowbit.ConfigError, match="5040 of 5120 features are no outliers: .* a multiple of 32"):
+        lowbit.codec("mxfp4:outliers=1/64").wire_nbytes((1, 5120))
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import megatron_lowbit as lowbit
+from tests.calibrations import random_calibration
 from tests.ranks import run_ranks
 
 LAYERS, HIDDEN = 3, 64
@@ -55,7 +56,7 @@ def _logits(model, length=7):
     return model(ids, positions, mask, runtime_gather_output=True)
 
 
-def _record_partials(model, spec, algorithm):
+def _record_partials(model, spec, algorithm, calibration=None, sites=()):
     """Run with every row-parallel reduce replaced by: gather all partial products exactly, then simulate the ranks."""
     import torch.distributed as dist
     from megatron.core.tensor_parallel import layers
@@ -67,8 +68,9 @@ def _record_partials(model, spec, algorithm):
             return original(x, group=group)
         partials = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(partials, x.contiguous())
-        return lowbit.simulate.all_reduce(partials, spec, algorithm)
+        return lowbit.simulate.all_reduce(partials, spec, algorithm, calibration, next(order, None))
 
+    order = iter(sites)
     layers.reduce_from_tensor_model_parallel_region = simulated
     try:
         return _logits(model)
@@ -121,9 +123,31 @@ def _everything(rank, world):
         _logits(model)
         results["mlp only"] = lowbit.stats()
     lowbit.reset_stats()
+    sites = [f"layers.{layer}.{kind}" for layer in range(LAYERS) for kind in ("attention", "mlp")]
+    spec, known = "selective4:outliers=1/8", random_calibration(sites, world, HIDDEN, "1/8")
+    with megatron_core.enable(lowbit.CommConfig(spec, "two-step", calibration=known), model):
+        results["calibrated"] = [_logits(model), lowbit.stats()]
+    results["calibrated"].append(_record_partials(model, spec, "two-step", known, sites))
+    for chosen in (None, model):
+        few = lowbit.CommConfig(spec, calibration=random_calibration(sites[:3], world, HIDDEN, "1/8"))
+        try:
+            with megatron_core.enable(few, chosen):
+                _build(world)
+        except lowbit.ConfigError as error:
+            results[f"few sites, {chosen is None}"] = str(error)
+    lowbit.reset_stats()
     with megatron_core.enable(lowbit.CommConfig(spec="int6:g32", algorithm="one-shot"), model), torch.enable_grad():
         results["training"] = [_logits(model).requires_grad, lowbit.stats()]
     return results
+
+
+def test_a_calibration_is_used_site_by_site(two_ranks):
+    for result in two_ranks:
+        compressed, stats, simulated = result["calibrated"]
+        assert torch.equal(compressed, simulated)
+        assert len(stats) == 2 * LAYERS and all(site["paths"] == {"two-step": 1} for site in stats.values())
+        for process_wide in (True, False):
+            assert "lacks layers.1.mlp" in result[f"few sites, {process_wide}"]
 
 
 @pytest.fixture(scope="module")
