@@ -19,8 +19,8 @@ states 2 * b(t - 2) + b(t - 1), from state 0: each new state s = 2 * b(t - 1) + 
 scale = bf16(sum(w * level) / sum(level * level) * 2**e), always stored. A group without a normal scale has codes 0.
 Negating a group does not negate its values exactly: state 0 is open to subsets 0 and 2 only.
 
-Bound: that of codecs/gauss.py, |x - y|_2 <= |x|_2 * sqrt(d**2 + max(0, 1 - t / sqrt(n))**2) before the same roundings,
-but with t the second highest level and d half the largest distance between levels two apart. In every state either
+Bound: that of codecs/gauss.py, |x - y|_2 <= |x|_2 * sqrt(D**2 / 4 + max(0, 1 - t / sqrt(n))**2) before the same
+roundings, but with t the second highest level and D the largest distance of levels two apart. In every state either
 levels[0::2] or levels[1::2] are open, so always taking the nearest open level keeps within it; the best path does no
 worse, and the scale that fits it no worse than rms.
 """

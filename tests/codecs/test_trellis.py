@@ -231,10 +231,10 @@ def test_error_is_within_the_bound(row, bits, group, rotates):
     codec = lowbit.codec(spec_of(bits, group))
     y = round_trip(codec if rotates else codec.inner, x).double()
     levels = codec.levels.double()
-    d, t = float((levels[2:] - levels[:-2]).max()) / 2, float(levels[-2])
+    wide, t = float((levels[2:] - levels[:-2]).max()), float(levels[-2])
     for part, own in zip(x.double().split(group, 1), y.split(group, 1), strict=True):
         n = part.shape[1]
-        bound = math.sqrt(min(1, d**2 + max(0, 1 - t / math.sqrt(n)) ** 2) + 2**-16)
+        bound = math.sqrt(min(1, wide**2 / 4 + max(0, 1 - t / math.sqrt(n)) ** 2) + 2**-16)
         size = math.sqrt(squares(part))
         assert math.sqrt(squares(part - own)) <= size * (bound + 1e-5) + 2.0**-117
 
@@ -253,8 +253,8 @@ def test_a_path_is_no_worse_than_what_is_always_open(row, bits):
     error, slack = squares(u - path), 1e-5 * len(w)
     assert error <= greedy_error(u, levels) + slack
     assert error <= squares((u[:, None] - levels[0::4]).abs().amin(1)) + slack
-    d, t = float((levels[2:] - levels[:-2]).max()) / 2, float(levels[-2])
-    assert greedy_error(u, levels) <= squares((u.abs() - t).clamp(min=d)) + slack
+    wide, t = float((levels[2:] - levels[:-2]).max()), float(levels[-2])
+    assert greedy_error(u, levels) <= squares((u.abs() - t).clamp(min=wide / 2)) + slack
     y = round_trip(lowbit.codec(spec_of(bits, 256)).inner, w[None])[0]
     assert squares(w - y) <= squares(w - rms * path) + (2**-16 + 1e-5) * squares(w)
 
