@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from .cpu_simd import (
@@ -25,7 +25,8 @@ from .cpu_simd import (
     splat,
 )
 
-_HAS_AVX512 = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
+# What numba compiles for, which NUMBA_CPU_NAME or NUMBA_ENABLE_AVX may have made less than this processor.
+_HAS_AVX512 = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 
 
 def _butterfly(builder, value):

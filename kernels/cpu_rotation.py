@@ -78,9 +78,11 @@ def _bf16(value):
 
 @inline
 def storable(value):
-    """A positive fp32 scale -> bf16 bits, 0 if it is not normal, NaN if it overflows."""
+    """An fp32 scale -> bf16 bits: 0 unless it is positive and normal (-0 is neither), NaN if it overflows."""
     bits = _bf16(value)
-    return np.int32(0) if bits < np.int32(0x80) else NAN if bits >= np.int32(0x7F80) else bits
+    if bits < np.int32(0x80) or bits >= np.int32(0x8000):
+        return np.int32(0)
+    return NAN if bits >= np.int32(0x7F80) else bits
 
 
 @inline

@@ -5,6 +5,12 @@ searched together, value by value, then packed one after the other. Decoding is 
 
 Scratch, in bytes: 0 a short block; 128 one word per lane and parameter; then the 32 groups, 256 words each; the choices
 of every step, a byte per state; the codes four to a word, lane beside lane; and the codes group after group.
+
+Hazard: nothing but the numbers above keeps the kernel within its scratch, and what it does not need there is stale.
+Lanes beyond a batch's last group are searched all the same, over an earlier batch's values or NaNs: lanes do not mix,
+indices come from comparisons and stay below 16, and what such lanes write is not read. A group's last word of codes is
+filled up with zeros; behind it, up to a whole block of 32, lie older codes, which `inside` keeps out of the sums and
+`store_codes` out of the wire.
 """
 
 from __future__ import annotations

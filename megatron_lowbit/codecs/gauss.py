@@ -180,7 +180,8 @@ def _normalize(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     exponent = (largest.view(torch.int32) >> 23).clamp(1, 253)  # biased; of an Inf or a NaN 253 too, which is not used
     power, inverse = (bits.to(torch.int32).view(torch.float32) for bits in (exponent << 23, (254 - exponent) << 23))
     w = torch.where(finite, z * inverse, 0.0)
-    return w, (_sum(w * w) / z.shape[-1]).sqrt(), power, finite
+    mean = _sum(w * w) / z.shape[-1]
+    return w, mean.double().sqrt().float(), power, finite  # MKL's fp32 root, PyTorch's on CPU, is often off by an ulp
 
 
 def _storable(scale: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:

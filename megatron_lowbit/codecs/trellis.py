@@ -1,7 +1,8 @@
 """Trellis-coded quantization of rotated groups: gauss2 to gauss5 with `trellis` (ours, for communication).
 
-The same bits as plain gauss, and 1.3 to 1.6 dB less error: a value may use one of twice as many levels, half of which
-are open to it, depending on the codes before it; the encoder finds the best path (Marcellin and Fischer, "Trellis Coded
+The bits of plain gauss and 1.2 to 1.5 dB less error on Gaussian values in groups of 128, 1.0 to 1.3 in groups of 32,
+1.3 to 1.7 in those of 256, which store their scale here. A value may use one of twice as many levels, half of which are
+open to it, depending on the codes before it; the encoder finds the best path (Marcellin and Fischer, "Trellis Coded
 Quantization", 1990; 4 states, after Ungerboeck). The decoder needs a value's code and the lowest bits of the two codes
 before it, so it stays parallel.
 
@@ -17,6 +18,11 @@ states 2 * b(t - 2) + b(t - 1), from state 0: each new state s = 2 * b(t - 1) + 
 
 scale = bf16(sum(w * level) / sum(level * level) * 2**e), always stored. A group without a normal scale has codes 0.
 Negating a group does not negate its values exactly: state 0 is open to subsets 0 and 2 only.
+
+Bound: that of codecs/gauss.py, |x - y|_2 <= |x|_2 * sqrt(D**2 / 4 + max(0, 1 - t / sqrt(n))**2) before the same
+roundings, but with t the second highest level and D the largest distance of levels two apart. In every state either
+levels[0::2] or levels[1::2] are open, so always taking the nearest open level keeps within it; the best path does no
+worse, and the scale that fits it no worse than rms.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.codecs import oracle, oracle_microscaling, oracle_spike
+from tests.codecs import oracle, oracle_microscaling, oracle_spike, oracle_trellis
 
 INPUT = [(i * i * 37 + i * 11) % 401 - 200 for i in range(86)]
 
@@ -22,7 +22,12 @@ def main() -> None:
     for name in ("fp8:g32", "fp8:g128", "mxfp8", "mxfp6", "mxfp4", "nvfp4"):
         features = 43 if name.startswith("fp8") else 32
         floats[name] = oracle_microscaling.encode(x.flatten()[: 2 * features].reshape(2, features), name).hex()
-    golden = {"input": INPUT, "wires": wires, "float_wires": floats}
+    trellis = {
+        f"gauss{bits}:g{group}:trellis": oracle_trellis.encode(x, bits, group).hex()
+        for bits in range(2, 6)
+        for group in (32, 128)
+    }
+    golden = {"input": INPUT, "wires": wires, "float_wires": floats, "trellis_wires": trellis}
     Path(__file__).with_name("golden.json").write_text(json.dumps(golden, indent=1) + "\n")
 
 
