@@ -27,6 +27,7 @@ class Passthrough(Codec):
 
     def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         self._values(wire, x.shape).copy_(x)
+        self.clear_gaps(wire, *x.shape)
 
     def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         total = self._values(wires[0], out.shape).to(torch.float32, copy=True)

@@ -36,3 +36,10 @@ def test_non_finite_passes():
     x = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1e30]])
     y = lowbit.codec("fp16").decode(lowbit.codec("fp16").encode(x), x.shape, x.dtype)
     assert y[0, 0].isnan() and y[0, 1] == torch.inf and y[0, 2] == -torch.inf and y[0, 3] == torch.inf
+
+
+@pytest.mark.parametrize("spec", ["bf16", "fp16", "fp32"])
+def test_the_gap_behind_the_values_is_zero(spec):
+    codec, wire = lowbit.codec(spec), torch.full((16,), 0xA5, dtype=torch.uint8)
+    codec.encode_rows(torch.ones(1, 3), wire)
+    assert not wire[3 * codec.dtype.itemsize :].any()
