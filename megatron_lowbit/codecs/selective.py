@@ -95,9 +95,11 @@ class Selective(Outliers):
     def sent_by(self, rank: int) -> Codec:
         if self.statistics is None or len(self.statistics.low) == 1 or rank == self.base.sender:
             return self
+        _check_senders(rank + 1, len(self.statistics.low))
         other = copy(self)
         other.base = copy(self.base)
         other.base.sender = rank
+        vars(other).pop("inner", None)  # which has this rank's base
         return other
 
     def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:

@@ -44,3 +44,10 @@ def test_the_plain_codec_of_a_dtype_changes_nothing(spec, dtype):
     x = torch.randn(5, 37, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert plain(dtype) == lowbit.codec(spec)
     assert torch.equal(plain(dtype).decode(plain(dtype).encode(x), x.shape, dtype), x)
+
+
+@pytest.mark.parametrize("spec", ["bf16", "fp16", "fp32"])
+def test_the_gap_behind_the_values_is_zero(spec):
+    codec, wire = lowbit.codec(spec), torch.full((16,), 0xA5, dtype=torch.uint8)
+    codec.encode_rows(torch.ones(1, 3), wire)
+    assert not wire[3 * codec.dtype.itemsize :].any()
