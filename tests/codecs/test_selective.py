@@ -155,3 +155,10 @@ def test_any_bytes_decode_alike_and_lengths_are_exact(rows, features, fraction, 
         assert all(same(a, b) for a, b in zip(*results, strict=True))
     with pytest.raises(lowbit.LowBitError, match=f"needs {size} bytes"):
         codec.decode(torch.zeros(size + 16, dtype=torch.uint8), (rows, features), torch.float32)
+
+
+def test_a_senders_inner_codec_is_its_own(backend):
+    codec, facts = bound(64, 3)
+    split = torch.cat(oracle_selective.split(within(facts, 2, 3), facts.outliers), 1)
+    assert codec.inner is not None  # kept from now on
+    assert same_bits(codec.sent_by(2).inner.encode(split), codec.bind(facts, 2).inner.encode(split))
