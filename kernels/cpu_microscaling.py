@@ -224,7 +224,7 @@ def _reduce(wires, stride, planes, scales, row_scales, numbers, out, bf16, rows,
                     values = simd.fmul(values, across.halves(first * row_scale, second * row_scale))
                 total = values if wire == 0 else simd.fadd(total, values)
             target = out + (row * features + start) * itemsize
-            store_values(simd.canonical(total), target, n, bf16, scratch)
+            store_values(total, target, n, bf16, scratch)
 
 
 @lru_cache(maxsize=64)

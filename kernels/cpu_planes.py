@@ -38,12 +38,12 @@ def fill_tail(source, n, itemsize, scratch):
 
 @inline
 def store_values(values, target, n, bf16, scratch):
-    """fp32 bits of n <= 32 values -> memory, as bf16 or fp32."""
+    """fp32 bits of n <= 32 values -> memory, as bf16 or fp32, with one kind of NaN."""
     place = target if n == 32 else scratch
     if bf16:
         simd.store_bf16(place, values)
     else:
-        simd.store_fp32(place, values)
+        simd.store_fp32(place, simd.canonical(values))
     if n < 32:
         copy(scratch, target, n * (2 if bf16 else 4))
 

@@ -112,7 +112,7 @@ def store_group(z, n, turned, signs, target, bf16, scratch):
         values = simd.load_fp32(z + 4 * j)
         if turned:
             values = simd.xor(values, simd.load_fp32(signs + 4 * j))
-        store_values(simd.canonical(values), target + j * itemsize, min(32, n - j), bf16, scratch)
+        store_values(values, target + j * itemsize, min(32, n - j), bf16, scratch)
 
 
 @inline

@@ -73,6 +73,12 @@ class Calibration:
         check_fraction(fraction)
         return cls(ranges, {site: r.outliers(fraction) for site, r in ranges.items()}, fraction, metadata or {})
 
+    def __repr__(self) -> str:
+        return f"Calibration({self.name!r}, TP {self.tp}, {len(self.ranges)} sites, digest {self.digest[:12]})"
+
+    def __reduce__(self) -> tuple:  # for copies of a model that holds one: a mapping proxy cannot be copied
+        return Calibration, (dict(self.ranges), dict(self.outliers), self.fraction, dict(self.metadata), self.name)
+
     @property
     def sites(self) -> tuple[str, ...]:
         return tuple(self.ranges)
@@ -185,6 +191,12 @@ class Calibration:
     def load(cls, path: str | os.PathLike) -> Calibration:
         """Read a file. Raises ConfigError for one that is missing, damaged, something else or of a newer version."""
         path = Path(path)
+        try:
+            path.stat()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise ConfigError(f"calibration {str(path)[:80]} cannot be read ({error.strerror}): give a file") from error
         if path.is_dir():
             raise ConfigError(f"calibration {path} is a folder: give the file that calibrate wrote")
         if not path.is_file():

@@ -123,6 +123,8 @@ class Communicator:
         and the same shape but for dim 0. Raises as `all_reduce` does, and ConfigError for splits that cannot be right.
         """
         _check(x)
+        if x.dim() == 1 and self.world > 1:
+            self._codec("scatter", site).wire_nbytes((1,))  # a piece is a row of any length: all ranks refuse, or none
         me = dist.get_rank(self.group)
         sends, receives = layout.rows_exchanged(x, input_splits, output_splits, self.world, me)
         facts = {"shape of a row": list(x.shape[1:])}

@@ -36,9 +36,9 @@ class CommConfig:
     algorithm: str = "auto"
     min_bytes: int | None = None
     sites: tuple[str, ...] | None = None
-    calibration: str | os.PathLike | Calibration | None = None
+    calibration: str | os.PathLike | Calibration | None = field(default=None, compare=False)  # its digest is compared
     plan: str | None = None
-    calibration_digest: str | None = field(init=False, default=None)  # so that a file written anew is another one
+    calibration_digest: str | None = field(init=False, default=None)  # of what the file holds
     calibrated: Calibration | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -78,6 +78,10 @@ class CommConfig:
                 "selective4 or outliers=1/64"
             )
         given = self.calibration
+        if not given or not isinstance(given, str | os.PathLike | Calibration):
+            raise ConfigError(
+                f"calibration is {given!r}: give the name of a file that calibrate wrote, or a Calibration"
+            )
         calibration = given if isinstance(given, Calibration) else Calibration.load(given)
         calibration.check(spec=self.legs, algorithm=self.algorithm)
         return calibration

@@ -45,6 +45,8 @@ class Ranges:
                 raise ConfigError(f"{name} holds a value that is not finite: give finite ranges")
         if (getattr(self, low_name) > getattr(self, high_name)).any():
             raise ConfigError(f"a value of {low_name} is above that of {high_name}: swap them")
+        if not (getattr(self, high_name) - getattr(self, low_name)).isfinite().all():
+            raise ConfigError(f"from {low_name} to {high_name} is further than fp32 can tell: give narrower ranges")
 
     @property
     def tp(self) -> int:
@@ -76,8 +78,10 @@ def outlier_count(features: int, fraction: Fraction) -> int:
 
 def check_fraction(fraction: Fraction) -> None:
     """Raise ConfigError unless `fraction` is a Fraction of the features."""
-    if not isinstance(fraction, Fraction) or not 0 < fraction <= 1:
-        raise ConfigError(f"the fraction of outliers is {fraction!r}: give a Fraction above 0 and up to 1")
+    if not isinstance(fraction, Fraction) or not 0 < fraction <= 1 or fraction.denominator >= 10**9:
+        raise ConfigError(
+            f"the fraction of outliers is {fraction!r}: give a Fraction above 0 and up to 1, such as 1/64"
+        )
 
 
 def kind(x: object) -> str:

@@ -153,7 +153,7 @@ def _parse_leg(text: str, spec: str) -> Leg:
 
 
 def _option_kind(option: str, where: str) -> str:
-    if re.fullmatch(r"g[1-9][0-9]*", option):
+    if re.fullmatch(r"g[1-9][0-9]{0,8}", option):
         if int(option[1:]) not in GROUPS:
             raise ConfigError(f"group size {option!r} {where}: use one of {', '.join(f'g{g}' for g in GROUPS)}")
         return "group"
@@ -173,4 +173,5 @@ def fraction(text: str) -> Fraction | None:
     """The number that `text` spells, as 1/64 or 0.05 do; None if it spells none, or one of absurd length."""
     if not re.fullmatch(r"\d{1,9}(/0*[1-9]\d{0,8})?|\d?\.\d{1,9}", text):  # no 1e999999999, which takes for ever
         return None
-    return Fraction(text)
+    value = Fraction(text)
+    return value if value.denominator < 10**9 else None  # else its own spelling would not be one

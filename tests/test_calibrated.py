@@ -1,5 +1,7 @@
 """Codecs that depend on site and rank: ranks compute what the simulation does, and refuse what does not fit."""
 
+import copy
+
 import pytest
 import torch
 
@@ -45,7 +47,7 @@ def _everything(rank, world, path):
 def test_ranks_compute_what_the_simulation_does(world, tmp_path):
     path = tmp_path / "ranges.safetensors"
     random_calibration(SITES, world, FEATURES).save(path)
-    ranks = run_ranks(world, _everything, str(path))
+    ranks = run_ranks(world, _everything, str(path), timeout=280)  # the first to run compile the kernels
     simulate = lowbit.simulate
     for spec in SPECS:
         for seed, site in enumerate(SITES):
@@ -139,6 +141,42 @@ def test_wrong_configurations_are_refused_when_they_are_made(tmp_path):
         config.codec("scatter", None, 0)
     with pytest.raises(lowbit.ConfigError, match="was made for TP 4, this group has 2 ranks"):
         lowbit.simulate.all_reduce([torch.zeros(1, FEATURES)] * 2, config.spec, "one-shot", path, SITES[0])
+
+
+def test_configurations_are_told_apart_by_what_the_file_holds(tmp_path):
+    path, calibration = tmp_path / "ranges", random_calibration(SITES, 2, FEATURES)
+    calibration.save(path)
+    spec = "selective4:outliers=1/16"
+    configs = {lowbit.CommConfig(spec, calibration=given) for given in (path, str(path), calibration)}
+    assert len(configs) == 1
+    copied = copy.deepcopy(configs.pop())
+    assert copied.calibrated.digest == calibration.digest and len(repr(copied)) < 400
+    for wrong in (5, b"x", False, ""):
+        with pytest.raises(lowbit.ConfigError, match="give the name of a file that calibrate wrote"):
+            lowbit.CommConfig(spec, calibration=wrong)
+
+
+def _nothing_to_send(rank, world, path):
+    """Only rank 0 has rows, but all ranks see that they could not be sent."""
+    known = lowbit.Communicator(None, lowbit.CommConfig("selective4:outliers=1/16", calibration=path))
+    blocks = lowbit.Communicator(None, lowbit.CommConfig("mxfp4"))
+    messages = []
+    for communicator, x, rows in ((known, torch.zeros(2, 32), 2), (blocks, torch.zeros(37), 37)):
+        x = x if rank == 0 else x[:0]
+        sends = [rows - 5 if rows > 5 else 0, 5 if rows > 5 else rows, 0] if rank == 0 else [0, 0, 0]
+        receives = [[rows - 5 if rows > 5 else 0, 0, 0], [5 if rows > 5 else rows, 0, 0], [0, 0, 0]][rank]
+        try:
+            communicator.all_to_all(x, receives, sends, SITES[0])
+        except lowbit.ConfigError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_rank_with_nothing_to_send_is_told_as_well(tmp_path):
+    random_calibration(SITES, 3, FEATURES).save(tmp_path / "three")
+    for features, blocks in run_ranks(3, _nothing_to_send, str(tmp_path / "three"), timeout=60):
+        assert "32 features at a site that was calibrated with 96" in features
+        assert "multiple of 32" in blocks
 
 
 def test_a_file_that_was_written_anew_is_another_configuration(tmp_path):

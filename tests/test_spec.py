@@ -64,6 +64,8 @@ def test_defaults_and_spelling():
         ("int4:outliers=1/0", "fraction above 0"),
         ("int4:outliers=0", "fraction above 0"),
         ("int4:outliers=1e999999999", "fraction above 0"),
+        ("int4:outliers=0.123456789", "fraction above 0"),
+        ("int4:g" + "1" * 5000, "unknown option"),
         ("gauss8", "gauss2, gauss3"),
         ("mxfp4:g32", "'mxfp4' takes outliers=FRACTION; leave it out"),
         ("gauss4:sym", "'gauss4' takes g32, g64, g128, g256, trellis, outliers=FRACTION; leave it out"),

@@ -109,6 +109,10 @@ def check(arguments: argparse.Namespace) -> Job:
         check_output(path, f"--{name}")
     if arguments.out.exists() and not arguments.out.is_file():
         raise ConfigError(f"--out {arguments.out} is a device: give a file")
+    folder = bundled(arguments.model, "model", "--model DIR").resolve()
+    for name, path in outputs.items():
+        if path.resolve() == arguments.text.resolve() or (path.exists() and path.resolve().parent == folder):
+            raise ConfigError(f"--{name} {path} is one of the files that are read: give another name")
     if len({path.resolve() for path in outputs.values()}) < len(outputs):
         raise ConfigError(f"{', '.join(f'--{name}' for name in outputs)} name one file twice: give each its own")
     if arguments.plot:

@@ -31,7 +31,7 @@ import torch
 
 from ..spec import Leg
 from . import backend, packing
-from .base import Codec, rounded
+from .base import Codec, quotient, rounded
 
 SMALLEST_NORMAL = 2.0**-126
 
@@ -92,12 +92,12 @@ def quantize(
     lo, hi = _extremes(x, group)
     half, top = 2 ** (bits - 1), 2**bits - 1
     if sym:
-        zero, scale = None, torch.where(-lo >= hi, lo, hi) / -half
+        zero, scale = None, quotient(torch.where(-lo >= hi, lo, hi), -half)
         finite = (hi - hi == 0) & (lo - lo == 0)
     else:
         zero = _bf16_down(lo)
         span = hi - zero.float()
-        scale, finite = span / top, span - span == 0
+        scale, finite = quotient(span, top), span - span == 0
         zero = zero.masked_fill(~finite, torch.nan)
     scale = scale.bfloat16()
     scale = scale.masked_fill(scale.float().abs() < SMALLEST_NORMAL, 0.0).masked_fill(~finite, torch.nan)

@@ -51,8 +51,13 @@ def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return values.to(dtype, copy=True).masked_fill_(values.isnan(), torch.nan)
 
 
+def quotient(x: torch.Tensor, divisor: float) -> torch.Tensor:
+    """x / divisor, an IEEE division: by a number of Python's, PyTorch multiplies with the reciprocal on CUDA."""
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
+
+
 class Codec(ABC):
-    """Base of all codecs. Equal specs are equal codecs."""
+    """Base of all codecs. Codecs that write the same wires are equal."""
 
     spec: str
     transform: Hashable = None  # equal for codecs whose inner ones work on the same domain; None: the values' own
@@ -150,11 +155,16 @@ class Codec(ABC):
             if end < start:
                 wire[end:start] = 0
 
+    @property
+    def _key(self) -> tuple:
+        """What tells codecs apart: the spec, and what else decides the wire."""
+        return (self.spec,)
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Codec) and self.spec == other.spec
+        return isinstance(other, Codec) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self.spec)
+        return hash(self._key)
 
     def __repr__(self) -> str:
         return f"codec({self.spec!r})"

@@ -33,7 +33,7 @@ import torch
 from ..spec import Leg
 from . import backend, hadamard, packing
 from .affine import SMALLEST_NORMAL
-from .base import Codec, rounded
+from .base import Codec, quotient, rounded
 from .lloyd_max import LEVELS
 
 HIDING = 256  # values of a group that hides its scale
@@ -55,6 +55,10 @@ class Gauss(Codec):
     def zero(self) -> int:
         """The code of a group whose scale is 0."""
         return 2 ** (self.bits - 1)
+
+    @property
+    def _key(self) -> tuple:
+        return self.spec, self.rotates
 
     @property
     def inner(self) -> Codec:
@@ -180,7 +184,7 @@ def _normalize(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     exponent = (largest.view(torch.int32) >> 23).clamp(1, 253)  # biased; of an Inf or a NaN 253 too, which is not used
     power, inverse = (bits.to(torch.int32).view(torch.float32) for bits in (exponent << 23, (254 - exponent) << 23))
     w = torch.where(finite, z * inverse, 0.0)
-    mean = _sum(w * w) / z.shape[-1]
+    mean = quotient(_sum(w * w), z.shape[-1])
     return w, mean.double().sqrt().float(), power, finite  # MKL's fp32 root, PyTorch's on CPU, is often off by an ulp
 
 

@@ -47,7 +47,7 @@ import torch
 from ..errors import ConfigError
 from ..spec import Leg
 from . import backend, packing
-from .base import Codec
+from .base import Codec, quotient
 from .minifloat import E2M1, E2M3, E4M3, Minifloat, exponent_of, power_of_two
 
 SMALLEST_NORMAL = 2.0**-126
@@ -130,7 +130,7 @@ class Microscaling(Codec):
         """Largest magnitudes fp32 [rows, blocks] -> scales in `views`; the factors that elements are encoded with."""
         element = self.format.element
         if self.format.scale == "bf16":
-            scale = _quotient(amax, element.largest)
+            scale = quotient(amax, element.largest)
             scale = scale.masked_fill(scale < SMALLEST_NORMAL, 0.0).bfloat16().masked_fill(~finite, torch.nan)
             views["scales"].view(torch.bfloat16).copy_(scale.flatten())
             return torch.where(scale > 0, 1.0 / scale.float(), 0.0)
@@ -138,7 +138,7 @@ class Microscaling(Codec):
             exponent = (exponent_of(amax) - element.highest).clamp(min=-127)
             views["scales"].copy_((exponent + 127).masked_fill(~finite, 0xFF).flatten())
             return power_of_two(-exponent)
-        row = _quotient(torch.where(finite, amax, 0.0).amax(-1, keepdim=True), E4M3.largest * element.largest)
+        row = quotient(torch.where(finite, amax, 0.0).amax(-1, keepdim=True), E4M3.largest * element.largest)
         row = row.masked_fill(row < SMALLEST_ROW_SCALE, 0.0)
         code = E4M3.encode(torch.where(finite & (row > 0), amax / (row * element.largest), 0.0))
         views["scales"].copy_(code.masked_fill(~finite, E4M3.nan).flatten())
@@ -163,8 +163,3 @@ class Microscaling(Codec):
             second = scale.int() - 127 - first
             return [power_of_two(first).masked_fill(scale == 0xFF, torch.nan), power_of_two(second)]
         return [E4M3.decode(scale) * views["row_scales"].view(torch.float32).view(rows, 1)]
-
-
-def _quotient(x: torch.Tensor, divisor: float) -> torch.Tensor:
-    """x / divisor as IEEE has it: on CUDA, PyTorch multiplies by the reciprocal of a plain number instead."""
-    return x / x.new_tensor(divisor)

@@ -48,6 +48,10 @@ class Outliers(Codec):
     def bind(self, statistics: Statistics, rank: int) -> Codec:
         return Outliers(self.leg, self.base, statistics)
 
+    @property
+    def _key(self) -> tuple:
+        return self.spec, self.whole, id(self.statistics)
+
     @cached_property
     def inner(self) -> Codec:
         other = copy(self)
@@ -62,6 +66,8 @@ class Outliers(Codec):
         return max(1, features)
 
     def sections(self, rows: int, features: int) -> list[tuple[str, int]]:
+        if self.statistics is not None and features:  # every rank asks for sizes, even one that has nothing to send
+            self._check_features(features)
         k = self.count(features)
         try:
             ordinary = self.base.sections(rows, features - k)

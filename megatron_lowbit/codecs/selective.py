@@ -27,7 +27,7 @@ from ..errors import ConfigError
 from ..spec import Leg
 from . import backend, packing
 from .affine import SMALLEST_NORMAL
-from .base import Codec
+from .base import Codec, quotient
 from .outliers import Outliers
 from .statistics import Statistics
 
@@ -43,7 +43,7 @@ class Ranges(Codec):
             return
         kept = [f for f in range(statistics.features) if f not in set(statistics.outliers)]
         low, high = statistics.low[:, kept], statistics.high[:, kept]
-        scale = (high - low) / (2**self.bits - 1)
+        scale = quotient(high - low, 2**self.bits - 1)
         scale = torch.where(scale < SMALLEST_NORMAL, 0.0, scale)
         tables = (low, scale, torch.where(scale == 0, 0.0, 1.0 / scale))
         padding = (0, -len(kept) % 32)  # kernels read whole blocks
@@ -91,6 +91,10 @@ class Selective(Outliers):
     def bind(self, statistics: Statistics, rank: int) -> Codec:
         _check_senders(rank + 1, len(statistics.low))
         return Selective(self.leg, statistics, rank if len(statistics.low) > 1 else 0)
+
+    @property
+    def _key(self) -> tuple:
+        return *super()._key, self.base.sender
 
     def sent_by(self, rank: int) -> Codec:
         if self.statistics is None or len(self.statistics.low) == 1 or rank == self.base.sender:

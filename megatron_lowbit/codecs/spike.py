@@ -39,7 +39,7 @@ import torch
 
 from ..spec import Leg
 from . import backend, packing
-from .base import Codec
+from .base import Codec, quotient
 
 INFINITY, SMALLEST_NORMAL = 0x7F800000, 0x00800000  # bits of fp32
 
@@ -117,7 +117,7 @@ def quantize(
     half, top = 2 ** (bits - 1), 2**bits - 1
     if sym:
         zeros, zero = None, torch.zeros_like(low)
-        ideal = torch.where(-lo >= hi, lo, hi) / -(half + 0.5)
+        ideal = quotient(torch.where(-lo >= hi, lo, hi), -(half + 0.5))
     else:
         start = torch.where(lo == low, lo, lo + (hi - lo) * 2.0 ** -(bits + 1))
         offset = start - _anchor(low, high)
