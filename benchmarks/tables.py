@@ -33,9 +33,9 @@ def measured(result: dict) -> str:
     return f"{m['cpu']}, {m['cores']} cores, torch {m['torch']}, {m['date']}; `{m['command']}`."
 
 
-def accuracy(specs: list[str] | None = None) -> str:
+def accuracy(specs: list[str] | None = None, name: str = "perplexity") -> str:
     """One row per spec, one column per TP size."""
-    result = load("perplexity")
+    result = load(name)
     rows = {(r["spec"], r["tp"]): r for r in result["rows"]}
     tps = sorted({tp for _, tp in rows})
     lines = []
@@ -181,6 +181,7 @@ TABLES = {
     "codecs": codecs,
     "threshold": threshold,
     "calibration": calibration,
+    "accuracy-codecs": lambda: accuracy(name="perplexity_codecs"),
     "alternatives": alternatives,
     "quality": quality,
     "quality-model": quality_model,
