@@ -37,6 +37,7 @@ def test_a_picture(tmp_path, sites):
 def test_ranges_of_zero_and_unknown_overlaps(tmp_path, sites):
     made = calibration(sites, zero=True)
     plot(made, dict.fromkeys(made.sites), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
 
 
 def test_the_callers_backend_is_left_alone(tmp_path):
