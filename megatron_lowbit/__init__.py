@@ -15,7 +15,7 @@ from .codecs import Codec, codec
 from .communicator import Communicator
 from .config import CommConfig
 from .errors import ConfigError, LowBitError, ModelError, RankError
-from .functional import all_gather, all_reduce, all_to_all, reduce_scatter
+from .functional import all_gather, all_reduce, all_reduce_add_rmsnorm, all_to_all, reduce_scatter
 from .telemetry import reset_stats, stats
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "RankError",
     "all_gather",
     "all_reduce",
+    "all_reduce_add_rmsnorm",
     "all_to_all",
     "codec",
     "kernels",

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from . import policy, telemetry
 from .codecs import Codec, backend, plain
-from .codecs.base import check_tensor
+from .codecs.base import check_tensor, rows_of
+from .codecs.fused import add_rmsnorm, check_norm
 from .collectives import all_gather, all_reduce, all_to_all, exchange, layout, reduce_scatter
 from .config import CommConfig
 from .errors import ConfigError, RankError
@@ -71,17 +72,58 @@ class Communicator:
         """
         _check(x)
         self._compare("all_reduce", x, site, shape=list(x.shape))
+        summands = self._all_reduce(x, site)
+        return summands if isinstance(summands, torch.Tensor) else summands.result(x)
+
+    def all_reduce_add_rmsnorm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float = 1e-6,
+        offset: float = 0.0,
+        site: str = "all_reduce",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a transformer block does next, with no pass over memory in between -> (normed, new residual).
+
+        new residual = all_reduce(x) + residual; normed = RMSNorm(new residual) * (weight + offset). weight: one bf16,
+        fp16 or fp32 number per feature; offset: 1 where weights are stored around zero. codecs/fused.py has the
+        arithmetic. Raises as `all_reduce` does, and ConfigError for a residual unlike x or a weight of another length.
+        """
+        _check(x)
+        for tensor in (residual, weight):
+            _check(tensor)
+        check_norm(x, residual, weight)
+        self._compare("all_reduce_add_rmsnorm", x, site, shape=list(x.shape))
+        summands, residual = self._all_reduce(x, site), residual.detach().contiguous()
+        if not isinstance(summands, torch.Tensor):
+            return summands.add_rmsnorm(residual, weight.detach(), eps, offset)
+        normed, shape = torch.empty_like(summands), rows_of(x.shape)
+        if x.numel():
+            tensors = residual.view(shape), weight.detach(), eps, offset, normed.view(shape)
+            add_rmsnorm(summands.view(shape), *tensors)
+        return normed, summands
+
+    def _all_reduce(self, x: torch.Tensor, site: str) -> all_reduce.Summands | torch.Tensor:
+        """The exchange of an all-reduce, counted: what is left to decode, or the sum if nothing was encoded."""
         decision = policy.choose(self.config, site, x.numel() * x.itemsize, self.world, x.device.type)
         if decision.algorithm == "exact":
-            out = all_reduce.exact(x, self.group) if x.numel() and self.world > 1 else x.clone()
+            result = (
+                all_reduce.exact(x, self.group)
+                if x.numel() and self.world > 1
+                else x.clone(memory_format=torch.contiguous_format)
+            )
             sent = telemetry.ring_bytes(x.numel() * x.itemsize, self.world)
         elif decision.algorithm == "one-shot":
-            out, sent = all_reduce.one_shot(x.contiguous(), self._codec("scatter", site), self.group, self._workspace)
+            codec = self._codec("scatter", site)
+            result = all_reduce.one_shot(x.contiguous(), codec, self.group, self._workspace)
+            sent = result.sent
         else:
             codecs = self._codec("scatter", site), self._codec("gather", site)
-            out, sent = all_reduce.two_step(x.contiguous(), *codecs, self.group, self._workspace)
+            result = all_reduce.two_step(x.contiguous(), *codecs, self.group, self._workspace)
+            sent = result.sent
         self._count(x, site, decision, sent, telemetry.ring_bytes(2 * x.numel(), self.world))
-        return out
+        return result
 
     def reduce_scatter(self, x: torch.Tensor, dim: int = 0, site: str = "reduce_scatter") -> torch.Tensor:
         """Sum of x over the group, of which rank r keeps the r-th of N equal chunks along `dim` -> a new tensor.

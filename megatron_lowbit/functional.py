@@ -30,6 +30,23 @@ def all_reduce(
     return communicator(group, CommConfig(spec=spec, algorithm=algorithm, min_bytes=min_bytes)).all_reduce(x)
 
 
+def all_reduce_add_rmsnorm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    spec: str,
+    group: dist.ProcessGroup | None = None,
+    algorithm: str = "auto",
+    min_bytes: int | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(RMSNorm of the new residual, new residual), where that is all_reduce(x) + residual; see Communicator."""
+    check_tensor(x)
+    config = CommConfig(spec=spec, algorithm=algorithm, min_bytes=min_bytes)
+    return communicator(group, config).all_reduce_add_rmsnorm(x, residual, weight, eps, offset)
+
+
 def reduce_scatter(x: torch.Tensor, spec: str, group: dist.ProcessGroup | None = None, dim: int = 0) -> torch.Tensor:
     """Sum of x over `group`, of which rank r keeps the r-th of N equal chunks along `dim`."""
     check_tensor(x)

@@ -30,8 +30,8 @@ from __future__ import annotations
 import torch
 
 from ..spec import Leg
-from . import backend, packing
-from .base import Codec, quotient, rounded
+from . import packing
+from .base import Codec, Kernel, quotient, rounded
 
 SMALLEST_NORMAL = 2.0**-126
 
@@ -39,9 +39,12 @@ SMALLEST_NORMAL = 2.0**-126
 class Affine(Codec):
     """bits, group, sym: as in the spec."""
 
+    numba = "cpu_affine"
+
     def __init__(self, leg: Leg) -> None:
         self.spec = str(leg)
         self.bits, self.group, self.sym = leg.bits, leg.group, leg.sym
+        self.kernel = Kernel("affine", leg.bits, leg.group, int(leg.sym))
 
     def granularity(self, features: int) -> int:
         return self.group
@@ -54,11 +57,7 @@ class Affine(Codec):
             result.append(("zeros", parameters))
         return result
 
-    def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
-        if backend.of(x.device) == "numba":
-            from ..kernels import cpu_affine
-
-            return cpu_affine.encode_rows(self, x, wire)
+    def define_encode(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         codes, scale, zero = quantize(x.float(), self.bits, self.group, self.sym)
         views = self.split(wire, *x.shape)
         packing.store(views, "plane", codes, self.bits)
@@ -67,11 +66,7 @@ class Affine(Codec):
             views["zeros"].view(torch.bfloat16).copy_(zero.flatten())
         self.clear_gaps(wire, *x.shape)
 
-    def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
-        if backend.of(out.device) == "numba":
-            from ..kernels import cpu_affine
-
-            return cpu_affine.reduce_rows(self, wires, out)
+    def define_reduce(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         total = self._decode(wires[0], *out.shape)
         for wire in wires[1:]:
             total += self._decode(wire, *out.shape)

@@ -10,15 +10,18 @@ share a transform stay in its domain in between: there they use each other's `in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from math import prod
 
 import torch
 
 from ..errors import ConfigError
+from . import ops
+from .ops import ALIGNMENT
 from .statistics import Statistics
 
-ALIGNMENT = 16
+LONGEST_ROW = 1 << 14  # values of a row that one tile holds without spilling registers (sm_90, Triton 3.9)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -56,11 +59,69 @@ def quotient(x: torch.Tensor, divisor: float) -> torch.Tensor:
     return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
 
 
+def copied(
+    copies: dict[torch.device, torch.Tensor], device: torch.device, define: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """What `define` makes, on `device`, copied there once: a copy would not survive capture in a CUDA graph."""
+    if device not in copies:
+        copies[device] = define().to(device)
+    return copies[device]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a GPU kernel has to know of a codec while it is compiled.
+
+    family: the file, kernels/triton_FAMILY.py; bits, group, flag: what that makes of them, a group being what must lie
+    in one tile (a power of two from 32 up, or 0: values stand alone); rowwise: encoding starts with the whole row.
+    together: how many groups must lie in one tile when encoding, as bytes of the wire belong to all of them. outliers:
+    0 if the codec has none, 1 if rows come as they are, 2 if they are split already; else this describes the codec of
+    the ordinary features.
+    """
+
+    family: str
+    bits: int
+    group: int
+    flag: int = 0
+    rowwise: bool = False
+    together: int = 1
+    outliers: int = 0
+
+    def fits(self, features: int) -> bool:
+        """Whether a row of so many features fits into one tile, in their order."""
+        return features <= LONGEST_ROW and not self.outliers
+
+    @property
+    def spoils(self) -> bool:
+        """Whether one value that is not finite makes its whole row NaN, so that decoding starts with the row too."""
+        return self.family == "selective"
+
+    def meets(self, other: Kernel) -> bool:
+        """Whether sums of this codec's wires can be encoded by the other before they are written anywhere."""
+        return self.outliers == other.outliers != 1
+
+
 class Codec(ABC):
     """Base of all codecs. Codecs that write the same wires are equal."""
 
     spec: str
+    handle: int  # of torch.ops.megatron_lowbit
     transform: Hashable = None  # equal for codecs whose inner ones work on the same domain; None: the values' own
+    numba: str | None = None  # the module of kernels/ that has `encode_rows` and `reduce_rows` for CPUs; None: none
+    kernel: Kernel | None = None  # None: the definition runs on GPUs too
+    sender: int = 0  # the rank whose codec this is, where that makes a difference
+    outliers: tuple[int, ...] = ()  # features that travel apart from the others
+
+    def __new__(cls, *arguments: object, **options: object) -> Codec:
+        codec = super().__new__(cls)
+        codec.handle = ops.register(codec)
+        return codec
+
+    def __copy__(self) -> Codec:
+        """A codec of its own: what is cached for this one stays here."""
+        other = type(self).__new__(type(self))
+        vars(other).update({name: value for name, value in vars(self).items() if name not in ("handle", "_tables")})
+        return other
 
     @property
     def inner(self) -> Codec:
@@ -84,16 +145,36 @@ class Codec(ABC):
         """(name, bytes) of each section of the wire, in order, before alignment."""
 
     @abstractmethod
-    def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
-        """x [rows, features] contiguous -> wire, uint8 [wire_nbytes(x.shape)], written in place."""
+    def define_encode(self, x: torch.Tensor, wire: torch.Tensor) -> None:
+        """`encode_rows` as it is defined, in plain PyTorch."""
 
     @abstractmethod
+    def define_reduce(self, wires: torch.Tensor, out: torch.Tensor) -> None:
+        """`reduce_rows` as it is defined, in plain PyTorch."""
+
+    def define_table(self) -> torch.Tensor:
+        """Numbers that kernels look up, fp32, in whatever order the family's file wants them."""
+        return torch.zeros(4)
+
+    def check(self, features: int, wires: int = 1) -> None:
+        """Raise ConfigError unless rows of `features` values can be encoded, and so many wires of them be reduced."""
+        return None
+
+    def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
+        """x [rows, features] contiguous -> wire, uint8 [wire_nbytes(x.shape)], written in place."""
+        ops.encode(self, x, wire)
+
     def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         """wires uint8 [n, at least wire_nbytes(out.shape)] -> out [rows, features], written in place.
 
         out = decode(wires[0]) + decode(wires[1]) + ..., in that order, in fp32, rounded once to out's dtype.
         Several wires are those of ranks 0, 1, ...; a single one is that of the rank whose codec this is.
         """
+        ops.reduce(self, wires, out)
+
+    def table(self, device: torch.device) -> torch.Tensor:
+        """`define_table` on `device`."""
+        return copied(vars(self).setdefault("_tables", {}), device, self.define_table)
 
     def wire_nbytes(self, shape: torch.Size | tuple[int, ...]) -> int:
         """Exact length of the wire in bytes, known without the data. Raises ConfigError for what is no shape."""
@@ -133,10 +214,7 @@ class Codec(ABC):
             )
         out = torch.empty(tuple(shape), dtype=dtype, device=wire.device)
         if expected:
-            wire = wire.contiguous()
-            if wire.data_ptr() % ALIGNMENT:  # a slice of some larger buffer
-                wire = wire.clone()
-            self.reduce_rows(wire.view(1, -1), out.view(rows_of(shape)))
+            self.reduce_rows(wire.contiguous().view(1, -1), out.view(rows_of(shape)))
         return out
 
     def split(self, wire: torch.Tensor, rows: int, features: int) -> dict[str, torch.Tensor]:

@@ -31,9 +31,9 @@ from __future__ import annotations
 import torch
 
 from ..spec import Leg
-from . import backend, hadamard, packing
+from . import hadamard, packing
 from .affine import SMALLEST_NORMAL
-from .base import Codec, quotient, rounded
+from .base import Codec, Kernel, quotient, rounded
 from .lloyd_max import LEVELS
 
 HIDING = 256  # values of a group that hides its scale
@@ -43,6 +43,8 @@ _LANES = 32
 class Gauss(Codec):
     """bits, group: as in the spec. rotates: whether it works on values, or on what is rotated already."""
 
+    numba = "cpu_gauss"
+
     def __init__(self, leg: Leg, rotates: bool = True) -> None:
         self.spec = str(leg)
         self.bits, self.group, self.rotates, self.hides = leg.bits, leg.group, rotates, leg.group == HIDING
@@ -50,6 +52,7 @@ class Gauss(Codec):
         self.thresholds = (self.levels[1:] + self.levels[:-1]) * 0.5
         self.transform = ("hadamard", leg.group) if rotates else None
         self._inner = type(self)(leg, rotates=False) if rotates else self
+        self.kernel = Kernel("gauss", leg.bits, leg.group, int(rotates))
 
     @property
     def zero(self) -> int:
@@ -76,9 +79,7 @@ class Gauss(Codec):
         scales = 2 * rows * self.scales_per_row(features)
         return [*result, ("scales", scales)] if scales else result
 
-    def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
-        if backend.of(x.device) == "numba":
-            return self._kernel().encode_rows(self, x, wire)
+    def define_encode(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         codes, scales = [], []
         for part in self._groups(x.float()):
             z = hadamard.rotate(part) if self.rotates else part
@@ -92,9 +93,7 @@ class Gauss(Codec):
             views["scales"].view(torch.bfloat16).copy_(torch.cat(scales, 1).flatten())
         self.clear_gaps(wire, *x.shape)
 
-    def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
-        if backend.of(out.device) == "numba":
-            return self._kernel().reduce_rows(self, wires, out)
+    def define_reduce(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         total = self._decode(wires[0], *out.shape)
         for wire in wires[1:]:
             total += self._decode(wire, *out.shape)
@@ -102,10 +101,27 @@ class Gauss(Codec):
             total = torch.cat([hadamard.unrotate(part).flatten(1) for part in self._groups(total)], 1)
         out.copy_(rounded(total, out.dtype))
 
-    def _kernel(self):
-        from ..kernels import cpu_gauss
+    def define_table(self) -> torch.Tensor:
+        """Levels by code; pairs of a boundary and a number; where scales are hidden, other pairs. Boundaries are the
+        thresholds, there with all but the last level in between.
 
-        return cpu_gauss
+        Pair i is for all that is rounded to i multiples of a power of two: the one boundary that may be among it, and
+        the number of those below. The other pairs are for the number of boundaries below: the middle between the level
+        and the one to which the code may move, and their distance.
+        """
+        levels, boundaries, bits = self.levels, self.thresholds, self.bits
+        if self.hides:
+            boundaries, bits = torch.stack([levels[:-1], boundaries], 1).flatten(), bits + 1
+        edges = (torch.arange(2 ** (bits + 3)) - 0.5) * 2.0 ** (2 - bits)
+        below = torch.bucketize(edges, boundaries, out_int32=True)
+        first = torch.cat([boundaries, torch.tensor([torch.inf])])[below]
+        parts = [self._level(torch.arange(2**self.bits)), torch.stack([first, below.view(torch.float32)], 1)]
+        if self.hides:
+            i = torch.arange(len(boundaries) + 1)
+            k, other = i // 2, i // 2 + i % 2 * 2 - 1
+            other = torch.where(other < 0, -levels[0], levels[other.clamp(min=0)])
+            parts.append(torch.stack([(other + levels[k]) * 0.5, (other - levels[k]).abs()], 1))
+        return torch.cat([part.flatten() for part in parts])
 
     def _groups(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x [rows, features] -> its full groups [rows, groups, group] and its shorter last ones [rows, 1, n]."""

@@ -46,8 +46,8 @@ import torch
 
 from ..errors import ConfigError
 from ..spec import Leg
-from . import backend, packing
-from .base import Codec, quotient
+from . import packing
+from .base import Codec, Kernel, quotient
 from .minifloat import E2M1, E2M3, E4M3, Minifloat, exponent_of, power_of_two
 
 SMALLEST_NORMAL = 2.0**-126
@@ -75,10 +75,14 @@ FORMATS = {
 class Microscaling(Codec):
     """format: element, scale and block; group: values per scale."""
 
+    numba = "cpu_microscaling"
+
     def __init__(self, leg: Leg) -> None:
         self.spec = str(leg)
         self.format = FORMATS[leg.name]
         self.group = leg.group or self.format.block
+        scale = ("bf16", "e8m0", "e4m3").index(self.format.scale)
+        self.kernel = Kernel("microscaling", self.format.element.bits, max(self.group, 32), scale, rowwise=scale == 2)
 
     def granularity(self, features: int) -> int:
         return (features or self.group) if self.format.scale == "e4m3" else self.group
@@ -98,11 +102,7 @@ class Microscaling(Codec):
             result.append(("row_scales", 4 * rows if features else 0))
         return result
 
-    def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
-        if backend.of(x.device) == "numba":
-            from ..kernels import cpu_microscaling
-
-            return cpu_microscaling.encode_rows(self, x, wire)
+    def define_encode(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         blocks, views = self._blocks(x.float()), self.split(wire, *x.shape)
         amax = blocks.abs().amax(-1)  # NaN wins
         finite = amax < torch.inf
@@ -112,11 +112,7 @@ class Microscaling(Codec):
         packing.store(views, "plane", codes, self.format.element.bits)
         self.clear_gaps(wire, *x.shape)
 
-    def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
-        if backend.of(out.device) == "numba":
-            from ..kernels import cpu_microscaling
-
-            return cpu_microscaling.reduce_rows(self, wires, out)
+    def define_reduce(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         total = self._decode(wires[0], *out.shape)
         for wire in wires[1:]:
             total += self._decode(wire, *out.shape)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from copy import copy
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -22,7 +23,7 @@ import torch
 from ..errors import ConfigError
 from ..spec import Leg
 from . import backend
-from .base import Codec, rounded
+from .base import Codec, copied, rounded
 from .statistics import Statistics
 
 
@@ -33,6 +34,7 @@ class Outliers(Codec):
 
     def __init__(self, leg: Leg, base: Codec, statistics: Statistics | None = None) -> None:
         self.spec, self.leg, self.base, self.statistics = str(leg), leg, base, statistics
+        self.kernel = base.kernel and replace(base.kernel, outliers=1)
         if statistics is None:
             return
         if len(statistics.outliers) != (k := self.count(statistics.features)):
@@ -41,9 +43,11 @@ class Outliers(Codec):
                 f"{len(statistics.outliers)}: calibrate with --fraction {leg.outliers}"
             )
         self.transform = ("outliers", statistics.features, statistics.outliers, base.transform)
+        self.outliers = statistics.outliers
         chosen = torch.zeros(statistics.features, dtype=torch.bool)
         chosen[list(statistics.outliers)] = True
         self._picked, self._kept = chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1)
+        self._indices: dict[tuple[int, int], dict[torch.device, torch.Tensor]] = {}  # of all copies of this codec
 
     def bind(self, statistics: Statistics, rank: int) -> Codec:
         return Outliers(self.leg, self.base, statistics)
@@ -56,7 +60,30 @@ class Outliers(Codec):
     def inner(self) -> Codec:
         other = copy(self)
         other.base, other.transform, other.whole = self.base.inner, None, False
+        other.kernel = other.base.kernel and replace(other.base.kernel, outliers=2)
         return other
+
+    @property
+    def sender(self) -> int:
+        return self.base.sender
+
+    def table(self, device: torch.device) -> torch.Tensor:
+        return self.base.table(device)
+
+    def index(self, device: torch.device, row: int, tile: int) -> torch.Tensor:
+        """Places of a tensor's values, on `device`, int32, for kernels with tiles of `tile` values: nvfp4 is encoded
+        in other ones than decoded.
+
+        First those of ordinary values, in `row` places for each row of the tensor: -1 where there are no more features.
+        They go on to the row + tile-th, through more rows if need be. Then those of a row's outliers.
+        """
+        return copied(self._indices.setdefault((row, tile), {}), device, lambda: self._define_index(row, tile))
+
+    def _define_index(self, row: int, tile: int) -> torch.Tensor:
+        features = self.statistics.features
+        kept = torch.full((-(-(row + tile) // row), row), -1)
+        kept[:, : len(self._kept)] = self._kept + features * torch.arange(len(kept))[:, None]
+        return torch.cat([kept.flatten()[: row + tile], self._picked]).int()
 
     def count(self, features: int) -> int:
         """Outliers among so many features."""
@@ -75,14 +102,18 @@ class Outliers(Codec):
             raise ConfigError(f"{features - k} of {features} features are no outliers: {error}") from error
         return [*ordinary, ("outliers", 2 * rows * k)]
 
-    def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
+    def check(self, features: int, wires: int = 1) -> None:
+        self._check_features(features)
+        self.base.check(features - self.count(features), wires)
+
+    def define_encode(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         ordinary, picked = self._split(x)
         if size := self.base.wire_nbytes(ordinary.shape):
             self.base.encode_rows(ordinary, wire[:size])
-        self._outliers(wire, *x.shape).copy_(picked)
+        self._outliers(wire, *x.shape).copy_(rounded(picked, torch.bfloat16))
         self.clear_gaps(wire, *x.shape)
 
-    def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
+    def define_reduce(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         rows, features = out.shape
         self._check_features(features)
         total = self._outliers(wires[0], rows, features).float()
@@ -115,8 +146,8 @@ class Outliers(Codec):
     def _join(self, ordinary: torch.Tensor, outliers: torch.Tensor, out: torch.Tensor) -> None:
         """The inverse, rounded to the dtype of out."""
         if not self.whole:
-            out[:, : ordinary.shape[1]] = ordinary
-            out[:, ordinary.shape[1] :] = outliers
+            out[:, : ordinary.shape[1]] = rounded(ordinary, out.dtype)
+            out[:, ordinary.shape[1] :] = rounded(outliers, out.dtype)
             return
         if backend.of(out.device) == "numba":
             from ..kernels import cpu_outliers

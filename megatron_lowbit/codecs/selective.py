@@ -20,14 +20,15 @@ Wire: the plane of 4-bit codes of the ordinary features (codecs/packing.py), the
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import replace
 
 import torch
 
 from ..errors import ConfigError
 from ..spec import Leg
-from . import backend, packing
+from . import packing
 from .affine import SMALLEST_NORMAL
-from .base import Codec, quotient
+from .base import Codec, Kernel, copied, quotient
 from .outliers import Outliers
 from .statistics import Statistics
 
@@ -35,12 +36,14 @@ from .statistics import Statistics
 class Ranges(Codec):
     """4-bit codes of the ordinary features. low, scale, inverse: fp32 [senders, features]; sender: whose it is."""
 
-    bits = 4
+    numba, bits = "cpu_selective", 4
 
     def __init__(self, leg: Leg, statistics: Statistics | None = None, sender: int = 0) -> None:
         self.spec, self.sender = f"{leg}, ordinary features", sender
+        self.kernel = Kernel("selective", self.bits, 32, rowwise=True)
         if statistics is None:
             return
+        self.kernel = replace(self.kernel, flag=int(len(statistics.low) > 1))
         kept = [f for f in range(statistics.features) if f not in set(statistics.outliers)]
         low, high = statistics.low[:, kept], statistics.high[:, kept]
         scale = quotient(high - low, 2**self.bits - 1)
@@ -48,6 +51,7 @@ class Ranges(Codec):
         tables = (low, scale, torch.where(scale == 0, 0.0, 1.0 / scale))
         padding = (0, -len(kept) % 32)  # kernels read whole blocks
         self.low, self.scale, self.inverse = (torch.nn.functional.pad(table, padding) for table in tables)
+        self._tables_of_all: dict[torch.device, torch.Tensor] = {}  # senders, and so all copies of this codec
 
     def granularity(self, features: int) -> int:
         return max(1, features)
@@ -55,23 +59,30 @@ class Ranges(Codec):
     def sections(self, rows: int, features: int) -> list[tuple[str, int]]:
         return [(f"plane{self.bits}", packing.plane_nbytes(rows, features, self.bits))]
 
-    def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
-        if backend.of(x.device) == "numba":
-            from ..kernels import cpu_selective
-
-            return cpu_selective.encode_rows(self, x, wire)
+    def define_encode(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         low, inverse = (table[self.sender, : x.shape[1]].to(x.device) for table in (self.low, self.inverse))
         t = (x.float() - low) * inverse
         t = torch.where(t > 0, t, 0.0)  # NaN too
         codes = torch.round(torch.where(t < 2**self.bits - 1, t, 2.0**self.bits - 1)).to(torch.uint8)
         packing.store(self.split(wire, *x.shape), "plane", codes, self.bits)
 
-    def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
-        _check_senders(len(wires), len(self.low))
-        if backend.of(out.device) == "numba":
-            from ..kernels import cpu_selective
+    def define_table(self) -> torch.Tensor:
+        if not self.low.numel():
+            return super().define_table()
+        table = torch.stack((self.low, self.scale, self.inverse), 1)
+        return table.view(len(self.low), 3, -1, 8, 4).transpose(2, 3).contiguous()  # kernels/triton_selective.py
 
-            return cpu_selective.reduce_rows(self, wires, out)
+    def table(self, device: torch.device) -> torch.Tensor:
+        return copied(self._tables_of_all, device, self.define_table)
+
+    def check(self, features: int, wires: int = 1) -> None:
+        _check_senders(wires, len(self.low))
+
+    def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
+        self.check(out.shape[1], len(wires))
+        super().reduce_rows(wires, out)
+
+    def define_reduce(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         total = None
         for sender, wire in enumerate(wires, self.sender if len(wires) == 1 else 0):
             codes = packing.load(self.split(wire, *out.shape), "plane", *out.shape, self.bits).float()
@@ -106,8 +117,8 @@ class Selective(Outliers):
         vars(other).pop("inner", None)  # which has this rank's base
         return other
 
-    def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
-        super().encode_rows(x, wire)
+    def define_encode(self, x: torch.Tensor, wire: torch.Tensor) -> None:
+        super().define_encode(x, wire)
         unusable = ~(x.abs().amax(1) < torch.inf)
         self._outliers(wire, *x.shape).masked_fill_(unusable[:, None], torch.nan)
 

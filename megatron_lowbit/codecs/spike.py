@@ -38,8 +38,8 @@ from __future__ import annotations
 import torch
 
 from ..spec import Leg
-from . import backend, packing
-from .base import Codec, quotient
+from . import packing
+from .base import Codec, Kernel, quotient
 
 INFINITY, SMALLEST_NORMAL = 0x7F800000, 0x00800000  # bits of fp32
 
@@ -47,10 +47,14 @@ INFINITY, SMALLEST_NORMAL = 0x7F800000, 0x00800000  # bits of fp32
 class Spike(Codec):
     """bits, group, sym: as in the spec. places: bits of a position."""
 
+    numba = "cpu_spike"
+
     def __init__(self, leg: Leg) -> None:
         self.spec = str(leg)
         self.bits, self.group, self.sym = leg.bits, leg.group, leg.sym
         self.places = leg.group.bit_length() - 1
+        together = 32 if leg.group < 256 else 1  # groups whose positions share bytes
+        self.kernel = Kernel("spike", leg.bits, leg.group, int(leg.sym), together=together)
 
     def granularity(self, features: int) -> int:
         return self.group
@@ -62,11 +66,7 @@ class Spike(Codec):
         result += [("spikes", 4 * groups)]
         return result + [(f"position{w}", packing.plane_nbytes(2, groups, w)) for w in packing.planes(self.places)]
 
-    def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
-        if backend.of(x.device) == "numba":
-            from ..kernels import cpu_spike
-
-            return cpu_spike.encode_rows(self, x, wire)
+    def define_encode(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         views, groups = self.split(wire, *x.shape), _grouped(x.float(), self.group)
         inside = _grouped(torch.ones_like(x, dtype=torch.bool), self.group)
         codes, scales, zeros, spikes, positions = quantize(groups, inside, self.bits, self.sym)
@@ -78,11 +78,7 @@ class Spike(Codec):
         packing.store(views, "position", positions, self.places)
         self.clear_gaps(wire, *x.shape)
 
-    def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
-        if backend.of(out.device) == "numba":
-            from ..kernels import cpu_spike
-
-            return cpu_spike.reduce_rows(self, wires, out)
+    def define_reduce(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         total = self._decode(wires[0], *out.shape)
         for wire in wires[1:]:
             total += self._decode(wire, *out.shape)

@@ -27,6 +27,8 @@ worse, and the scale that fits it no worse than rms.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..spec import Leg
@@ -39,18 +41,22 @@ _SUBSETS = torch.tensor([[0, 2, 1, 3], [2, 0, 3, 1]])  # [second predecessor?, n
 class Trellis(Gauss):
     """bits, group: as in the spec."""
 
+    numba = "cpu_trellis"
     zero, unreachable = 0, 1e9
 
     def __init__(self, leg: Leg, rotates: bool = True) -> None:
         super().__init__(leg, rotates)
-        self.hides = False
+        self.hides, self.kernel = False, replace(self.kernel, family="trellis")
         positive = torch.tensor(TRELLIS[leg.bits])
         self.levels = torch.cat([-positive.flip(0), positive])
 
-    def _kernel(self):
-        from ..kernels import cpu_trellis
-
-        return cpu_trellis
+    def define_table(self) -> torch.Tensor:
+        """Levels, then the thresholds of each subset, filled up to as many."""
+        parts = [self.levels]
+        for subset in range(4):
+            own = self.levels[subset::4]
+            parts += [(own[1:] + own[:-1]) * 0.5, torch.tensor([torch.inf])]
+        return torch.cat(parts)
 
     def _quantize(self, u: torch.Tensor) -> torch.Tensor:
         return best_path(u, self.levels.to(u.device), self.unreachable)

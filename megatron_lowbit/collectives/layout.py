@@ -27,9 +27,13 @@ class Shards:
     def shape(self, rank: int) -> tuple[int, int]:
         return self.bounds[rank + 1] - self.bounds[rank], self.features
 
+    def of_all(self, x: torch.Tensor) -> torch.Tensor:
+        """x, contiguous in any of its shapes -> a view [rows, features]."""
+        return x.view(self.rows, self.features)
+
     def of(self, x: torch.Tensor, rank: int) -> torch.Tensor:
-        """Rank's rows of x, contiguous in any of its shapes -> a view [rows of the shard, features]."""
-        return x.view(self.rows, self.features)[self.bounds[rank] : self.bounds[rank + 1]]
+        """Rank's rows of x -> a view [rows of the shard, features]."""
+        return self.of_all(x)[self.bounds[rank] : self.bounds[rank + 1]]
 
     def wire_nbytes(self, codec: Codec) -> list[int]:
         return [codec.wire_nbytes(self.shape(rank)) for rank in range(len(self.bounds) - 1)]

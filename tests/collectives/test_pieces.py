@@ -27,10 +27,10 @@ class Keyed(Codec):
     def sections(self, rows: int, features: int) -> list[tuple[str, int]]:
         return [("values", 4 * rows * features)]
 
-    def encode_rows(self, x: torch.Tensor, wire: torch.Tensor) -> None:
+    def define_encode(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         self.split(wire, *x.shape)["values"].view(torch.float32).copy_(x.flatten() + 1000 * (1 + self.rank))
 
-    def reduce_rows(self, wires: torch.Tensor, out: torch.Tensor) -> None:
+    def define_reduce(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         senders = range(len(wires)) if len(wires) > 1 else [self.rank]
         out.zero_()
         for sender, wire in zip(senders, wires, strict=True):
@@ -44,8 +44,8 @@ def _every_collective(rank, world):
     sends, receives = [(rank + 2 * peer) % 5 for peer in range(world)], [(peer + 2 * rank) % 5 for peer in range(world)]
     mine = x[: sum(sends)]
     compressed = [
-        all_reduce.one_shot(x, codec, group, workspace)[0],
-        all_reduce.two_step(x, codec, codec, group, workspace)[0],
+        all_reduce.one_shot(x, codec, group, workspace).result(x),
+        all_reduce.two_step(x, codec, codec, group, workspace).result(x),
         reduce_scatter.reduce_scatter(list(x.chunk(world)), codec, group, workspace)[0],
         all_gather.all_gather(x, 1, codec, group, workspace)[0],
         all_to_all.all_to_all(mine, sends, receives, codec, group, workspace)[0],

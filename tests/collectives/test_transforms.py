@@ -105,8 +105,8 @@ def _calibrated(rank, world):
         for legs in LEGS:
             codecs = [lowbit.codec(leg).bind(facts, rank) for leg, facts in zip(legs, calibrations(shape[-1], world))]
             x = partial(rank, shape)
-            results.append(all_reduce.two_step(x, *codecs, torch.distributed.group.WORLD, workspace)[0])
-            results.append(all_reduce.one_shot(x, codecs[0], torch.distributed.group.WORLD, workspace)[0])
+            results.append(all_reduce.two_step(x, *codecs, torch.distributed.group.WORLD, workspace).result(x))
+            results.append(all_reduce.one_shot(x, codecs[0], torch.distributed.group.WORLD, workspace).result(x))
     return results
 
 

@@ -1,0 +1,9 @@
+"""Before anything imports Triton: its kernels run in the interpreter, on CPU tensors, unless GPU tests are chosen."""
+
+import os
+import re
+
+
+def pytest_configure(config):
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["TRITON_INTERPRET"] = "1"
