@@ -7,7 +7,16 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench clean
+.PHONY: help demo test test-full test-gpu test-triton-matrix lint bench bench-gpu clean
+
+# A machine with a GPU has its own torch and triton, and often nothing can be installed there: with PYTHON=python3 on the
+# command line that Python runs these two as it is. They need torch, triton and numpy, tests pytest and hypothesis too.
+ifeq ($(origin PYTHON),command line)
+GPU_PYTHON := $(PYTHON)
+else
+GPU_PYTHON := $(BIN)/python
+GPU_INSTALLED := $(INSTALLED)
+endif
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +30,12 @@ test: $(INSTALLED)  ## run the tests that take a few minutes in all (PYTEST_ARGS
 test-full: $(INSTALLED)  ## run the slow tests too
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not gpu"
 
+test-gpu: $(GPU_INSTALLED)  ## run the tests that need a CUDA device (PYTHON=python3: without .venv; PYTEST_ARGS="-q -n 8")
+	@$(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+
+test-triton-matrix: $(INSTALLED)  ## run the tests of the kernels with older versions of Triton, which are downloaded
+	@$(BIN)/python -m tests.triton_matrix $(MATRIX_ARGS)
+
 lint: $(INSTALLED)  ## check the code with ruff, and that the tables in the docs are those of the JSON
 	@$(BIN)/ruff check .
 	@$(BIN)/python benchmarks/tables.py --check
@@ -31,8 +46,13 @@ bench: $(INSTALLED)  ## measure on this machine, into benchmarks/results/ and th
 	@$(BIN)/python benchmarks/alternatives.py --json benchmarks/results/alternatives.json
 	@$(BIN)/python benchmarks/scale_formats.py --json benchmarks/results/scale_formats.json
 	@$(BIN)/python benchmarks/spike_formats.py --json benchmarks/results/spike_formats.json
+	@$(BIN)/python benchmarks/kernels.py --predict --json benchmarks/results/kernels_predicted.json
 	@$(BIN)/python benchmarks/demo.py --json benchmarks/results/demo.json
 	@$(BIN)/python benchmarks/tables.py
+
+bench-gpu: $(GPU_INSTALLED)  ## measure the kernels on the GPU, for 9 minutes; again: go on (PYTHON=python3: without .venv)
+	@$(GPU_PYTHON) benchmarks/kernels.py --json benchmarks/results/kernels.json --plot docs/kernels.png
+	@$(GPU_PYTHON) benchmarks/tables.py
 
 clean:  ## remove what was built and cached (.venv stays)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
