@@ -14,6 +14,8 @@ import re
 import sys
 from pathlib import Path
 
+import kernel_report
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -174,6 +176,42 @@ def alternatives() -> str:
     return markdown(["variant", "bits", "Gaussian", "Student t(3)"], rows, note)
 
 
+def kernels() -> str:
+    """One row per operation and spec, once there are measurements."""
+    if not (ROOT / "benchmarks" / "results" / "kernels.json").exists():
+        return "**Nothing has been measured yet**: no GPU was at hand. `make bench-gpu` writes its table here.\n"
+    result = load("kernels")
+    m = result["machine"]
+    note = (
+        f"Medians in a CUDA graph, with cold memory; others' times as multiples of ours, at 64 MiB. {m['gpu']}, driver "
+        f"{m['driver']}, torch {m['torch']}, triton {m['triton']}, {m['date']}; `{m['command']}`."
+    )
+    missing = ", ".join(result["missing"])
+    note += f" Not installed there: {missing}." if missing else ""
+    picture = (
+        "\n![Share of the bandwidth of a copy against the size of the message, for every operation](kernels.png)\n"
+    )
+    return markdown(kernel_report.COLUMNS, kernel_report.comparison(result["rows"], code=True), note) + picture
+
+
+def kernels_predicted() -> str:
+    """One row per spec: µs of each operation, its share of a copy's speed, and what it would be bound by."""
+    result = load("kernels_predicted")
+    rows = {(r["spec"], r["operation"]): r for r in result["rows"]}
+    operations = list(dict.fromkeys(operation for _, operation in rows))
+    cell = lambda r: f"{r['predicted_us']:.1f} ({r['share_of_copy']:.0%}, {r['bound_by']})" if r else ""  # noqa: E731
+    lines = [[f"`{spec}`", *(cell(rows.get((spec, operation))) for operation in operations)]
+             for spec in dict.fromkeys(spec for spec, _ in rows)]  # fmt: skip
+    given, m = result["assumptions"], result["machine"]
+    note = (
+        f"**Predicted, not measured**: µs for {result['bytes'] >> 20} MiB of bf16 on an {result['gpu'].split()[1]}, "
+        f"{result['wires']} wires where several are read; the share of a copy's bandwidth that follows; what is "
+        f"slowest. {given['copy_bandwidth'] / 1e12:g} TB/s, {given['sms']} SMs, {given['clock'] / 1e9:g} GHz; triton "
+        f"{m['triton']}, {m['date']}; `{m['command']}`."
+    )
+    return markdown(["spec", *(operation.replace("_", "-") for operation in operations)], lines, note)
+
+
 TABLES = {
     "accuracy": accuracy,
     "accuracy-short": lambda: accuracy(["int8:g128", "int6:g64", "int4:g32", "int3:g32", "int2:g32:sym"]),
@@ -183,6 +221,8 @@ TABLES = {
     "calibration": calibration,
     "accuracy-codecs": lambda: accuracy(name="perplexity_codecs"),
     "alternatives": alternatives,
+    "kernels": kernels,
+    "kernels-predicted": kernels_predicted,
     "quality": quality,
     "quality-model": quality_model,
     "quality-targets": quality_targets,
