@@ -68,8 +68,8 @@ def _encode(
     FAMILY: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, FLAG: tl.constexpr,
     RAGGED: tl.constexpr, SHARED: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
-    """scratch: for trellis, int32, a tile's worth for each program. SHARED: rows are filled up to larger groups than
-    the codec's, so that tiles may begin at any of its groups."""
+    """scratch: for trellis, int32, a tile's worth for each program. SHARED: tiles may begin at any of the codec's
+    groups, as rows are tiles, or are filled up to larger groups."""
     if FAMILY == "affine":
         affine.encode(x, live, wire, rows, features, blocks_per_row, start, low, high, BITS, GROUP, FLAG, RAGGED, NB)
     elif FAMILY == "microscaling":
@@ -253,6 +253,7 @@ def reduce_encode(
 ):  # fmt: skip
     """COUNT wires of one message, `stride` bytes apart -> the wire of their sum. Both have outliers, or neither."""
     SPOILS: tl.constexpr = OUTLIERS and FAMILY == "selective"
+    SHARED: tl.constexpr = ROWWISE or ((RAGGED == 1 or RAGGED == 32) and GROUP > TO_GROUP)
     own = tl.program_id(1) + rows
     start, high, r, f = _tile(own, features, blocks_per_row, RAGGED, ROWWISE, NB)
     peak = tl.zeros([], tl.int32)
@@ -281,7 +282,7 @@ def reduce_encode(
             peak = microscaling.row_peak(total, live, tile, start, high, RAGGED, NB)
         _encode(
             total, live, peak, summed, target_table, scratch, target_sender, r, f, blocks_per_row, tile, start, high,
-            TO_FAMILY, TO_BITS, TO_GROUP, TO_FLAG, RAGGED, (RAGGED == 1 or RAGGED == 32) and GROUP > TO_GROUP, NB,
+            TO_FAMILY, TO_BITS, TO_GROUP, TO_FLAG, RAGGED, SHARED, NB,
         )  # fmt: skip
         if OUTLIERS:
             outliers.reduce_encode(

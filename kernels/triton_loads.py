@@ -79,9 +79,8 @@ def settled(x, pointer, NB: tl.constexpr):
 
 
 @triton.jit
-def whole_blocks(x, NB: tl.constexpr):
-    """x fp32 [32, NB] itself, but each block in one thread, wherever it was: `split` wants to find halves together."""
-    bits = x.to(tl.uint32, bitcast=True)  # or else Triton sees that nothing happens
-    first, second = tl.split(tl.permute(tl.reshape(bits, (2, 16, NB)), (1, 2, 0)))
-    both = tl.join(first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True))
-    return tl.reshape(tl.permute(both, (2, 0, 1)), (32, NB))
+def whole_words(words, NB: tl.constexpr):
+    """words uint32 [8, NB] themselves, but each block's in one thread: `split` wants to find halves together."""
+    first, second = tl.split(tl.permute(tl.reshape(words, (2, 4, NB)), (1, 2, 0)))
+    both = tl.join(first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True))  # or Triton omits all this
+    return tl.reshape(tl.permute(both, (2, 0, 1)), (8, NB)).to(tl.uint32, bitcast=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_loads import whole_words
 from .triton_tiles import (
     align,
     clear_gap,
@@ -200,5 +201,7 @@ def _load_plane(
         place = number[None, :] * WIDTH + word
         mask = live & there[None, :] & (word >= 0)
         packed = tl.load(plane.to(tl.pointer_type(tl.uint32)) + place, mask=mask, other=0)
+        if WIDTH == 8:  # a thread would load half a block
+            packed = whole_words(packed, NB)
         shifts = (WIDTH * tl.arange(0, PARTS)).to(tl.uint32)[:, None, None]
         return tl.reshape((packed[None, :, :] >> shifts) & MASK, (8, NB))

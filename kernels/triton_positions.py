@@ -71,25 +71,25 @@ def _store_plane(
         tl.store(plane + row + place, (packed >> 16).to(tl.uint8), mask=full)
         start = padded // 32 * 32
         if (start < padded) & (first <= start) & (start < first + NG):
-            last = tl.where(block == start // 32, tl.reshape(codes, (NG // 32, 32)), 0)
-            _store_short(sum_integers(last, 0), plane + start // 8 * WIDTH, row, (padded - start).to(tl.int32), WIDTH)
+            last = sum_integers(tl.where(block == start // 32, tl.reshape(codes, (NG // 32, 32)), 0), 0)
+            _store_short(last, plane, padded, start, WIDTH)
 
 
 @triton.jit
-def _store_short(codes, place, row, size, WIDTH: tl.constexpr):
-    """codes of the last block of a row, [32] of which `size` count: 8, 16 or 24. row: bytes of a row."""
-    value = tl.arange(0, 32)[:, None]
-    byte = tl.arange(0, 4 * WIDTH)
-    stride = size // 8 * WIDTH
-    parts = codes[:, None] << (value // stride * WIDTH).to(tl.uint32)
-    packed = sum_integers(tl.where(value % stride == byte[None, :], parts, 0), 0)
-    tl.store(place + byte, (packed & 0xFF).to(tl.uint8), mask=byte < stride)
-    tl.store(place + row + byte, (packed >> 16).to(tl.uint8), mask=byte < stride)
+def _store_short(codes, plane, padded, start, WIDTH: tl.constexpr):
+    """codes [32] of a row's last block, of 8, 16 or 24 groups from number `start` on."""
+    byte, shift = _place(tl.arange(0, 32), (padded - start).to(tl.int32), WIDTH)
+    own = tl.arange(0, 4 * WIDTH)
+    packed = sum_integers(tl.where(byte[:, None] == own[None, :], (codes << shift)[:, None], 0), 0)
+    row, plane = padded // 8 * WIDTH, plane + start // 8 * WIDTH
+    mask = own < row - start // 8 * WIDTH
+    tl.store(plane + own, (packed & 0xFF).to(tl.uint8), mask=mask)
+    tl.store(plane + row + own, (packed >> 16).to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def _place(number, padded, WIDTH: tl.constexpr):
-    """Of the groups `number`: the byte of a row of a plane, int64, and the lowest bit in it, uint32."""
+    """Of the groups `number`: the byte of a row of a plane, and the lowest bit in it, uint32."""
     value = (number % 32).to(tl.int32)
     eighths = tl.minimum(tl.maximum(padded - number // 32 * 32, 8), 32).to(tl.int32) // 8  # of a block
     inverse = tl.where(eighths == 3, 11, 32 >> (eighths >> 1))  # 32 / eighths, so that there is no division

@@ -14,7 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_loads import whole_blocks
 from .triton_planes import clear_plane_gaps, load_numbers, planes_nbytes, store_codes
 from .triton_positions import clear_position_gaps, load_positions, store_positions
 from .triton_tiles import (
@@ -41,7 +40,7 @@ def encode(
     PLACES: tl.constexpr = 5 + (GROUP > 32) + (GROUP > 64) + (GROUP > 128)
     TOP: tl.constexpr = 2**BITS - 1
     HALF: tl.constexpr = 2 ** (BITS - 1)
-    x = tl.reshape(whole_blocks(x, NB), (32, NG, GROUP // 32))
+    x = tl.reshape(x, (32, NG, GROUP // 32))
     inside = tl.reshape(inside, (32, NG, GROUP // 32))
     place = tl.arange(0, 32)[:, None, None] + 32 * tl.arange(0, GROUP // 32)[None, None, :]
     bits = x.to(tl.int32, bitcast=True)
