@@ -24,6 +24,8 @@ from pathlib import Path
 
 from common import RESULTS
 
+import megatron_lowbit as lowbit
+
 # With this folder on the path, Transformers takes this file for a package of the Hub's; see kernels/__init__.py.
 __version__ = "0"
 
@@ -97,6 +99,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
+    for spec in arguments.spec or []:
+        try:
+            lowbit.codec(spec)
+        except lowbit.LowBitError as error:
+            parser.error(str(error))
     if arguments.predict:
         os.environ.pop("TRITON_INTERPRET", None)  # which keeps Triton from compiling
         import kernel_predict

@@ -7,8 +7,8 @@ codes before; so no value waits for another.
 
 Encoding does: it goes through a group's values one by one, all of the tile's groups side by side, and back. What it
 has to remember lies in `scratch`, a word for each value, int32 [32 * NB] for each program: first u, then which
-predecessor each state has and the nearest level of each subset, then the code and its level. It stays in the cache,
-but it is slow: some 16 times what memory would allow. The table has the levels and then, by subset, the thresholds.
+predecessor each state has and the nearest level of each subset, then the code and its level. The search is
+slow beside everything else here. The table has the levels and then, by subset, the thresholds.
 """
 
 from __future__ import annotations

@@ -194,6 +194,7 @@ def test_transformers_does_not_take_it_for_the_hub_package():
     "options, said",
     [
         (["--bytes", "1000"], "1000 is no power of two"),
+        (["--predict", "--spec", "nope"], "unknown codec 'nope'"),
         (["--dry-run", "--json", str(BENCHMARKS / "results" / "kernels.json")], "the times of a dry run mean nothing"),
     ],
 )
