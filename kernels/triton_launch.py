@@ -55,14 +55,17 @@ class Launch:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a message is cut into tiles. `ragged`, `rowwise`, `blocks`: RAGGED, ROWWISE, NB of triton_kernels.py."""
+    """How a message is cut into tiles. `ragged`, `rowwise`, `blocks`: RAGGED, ROWWISE, NB of triton_kernels.py.
+
+    threads: for a block.
+    """
 
     features: int
     blocks_per_row: int
     ragged: int
     rowwise: int
     blocks: int
-    warps: int
+    threads: int
 
     def grid(self, rows: int, world: int) -> tuple[int, int]:
         """rows: of the largest shard."""
@@ -77,6 +80,10 @@ class Geometry:
         return 1 < self.ragged < 32
 
     @property
+    def warps(self) -> int:
+        return max(1 if self.rowwise else WARPS, min(16, self.blocks * self.threads // 32))
+
+    @property
     def constants(self) -> dict[str, int]:
         return {"RAGGED": self.ragged, "ROWWISE": self.rowwise, "NB": self.blocks}
 
@@ -89,16 +96,15 @@ def geometry(features: int, *codecs: Kernel, rowwise: bool = False) -> Geometry:
         ragged = gcd(features, 8)
     else:
         ragged = 0 if features and features % unit == 0 else 32 if features % 32 == 0 else 1
+    # Single values are many addresses and are all under way at once: two threads for a block, or registers will not do.
+    threads = 1 if ragged in (0, 32) else 2
+    group = max(codec.group * codec.together // 32 for codec in codecs)
     if not rowwise:
-        # Single values are many addresses and are all under way at once: half a tile, or registers will not do.
-        blocks = max(TILE if unit else TILE // 2, *(codec.group * codec.together // 32 for codec in codecs))
-        return Geometry(features, blocks_per_row, ragged, 0, blocks, max(WARPS, blocks // 32))
+        return Geometry(features, blocks_per_row, ragged, 0, max(TILE // threads, group), threads)
     blocks = triton.next_power_of_2(blocks_per_row)
     if not any(codec.spoils for codec in codecs):
         blocks = min(blocks, LONGEST_ROW // (64 if ragged else 32))  # masks take registers too
-    return Geometry(
-        features, blocks_per_row, ragged, 1 + (blocks < blocks_per_row), blocks, max(1, min(16, blocks // 32))
-    )
+    return Geometry(features, blocks_per_row, ragged, 1 + (blocks < blocks_per_row), blocks, threads)
 
 
 def encode(
