@@ -9,7 +9,9 @@ from pkgutil import iter_modules
 
 
 def _names() -> list[str]:
-    return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
+    return sorted(
+        module.name for module in iter_modules(__path__) if not module.ispkg and not module.name.startswith("_")
+    )
 
 
 def __getattr__(name: str):

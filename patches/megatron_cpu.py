@@ -12,30 +12,23 @@ from typing import Any
 
 import torch
 
+from ._replacements import Replacements
+
 
 class Handle:
     """What `enable()` changed. `disable()` puts every original back; calling it again does nothing."""
 
     def __init__(self) -> None:
-        self._saved: list[tuple[object, str, bool, Any]] = []
+        self._replacements = Replacements()
 
     @property
     def active(self) -> bool:
         """Whether replacements are in place; always False where CUDA exists."""
-        return bool(self._saved)
-
-    def _replace(self, owner: object, name: str, value: Any) -> None:
-        self._saved.append((owner, name, name in vars(owner), getattr(owner, name)))
-        setattr(owner, name, value)
+        return bool(self._replacements)
 
     def disable(self) -> None:
         """Restores `torch` as it was before `enable()`."""
-        while self._saved:
-            owner, name, own, original = self._saved.pop()
-            if own:
-                setattr(owner, name, original)
-            else:  # an inherited attribute (torch.Tensor.cuda): uncover it instead of copying it down
-                delattr(owner, name)
+        self._replacements.undo()
 
 
 class _Event:
@@ -70,8 +63,8 @@ def enable() -> Handle:
     restores everything. Where `torch.cuda.is_available()` nothing is replaced.
     """
     if not torch.cuda.is_available() and not _handle.active:
-        _handle._replace(torch.cuda, "current_device", lambda: torch.device("cpu"))
-        _handle._replace(torch.cuda, "synchronize", lambda device=None: None)
-        _handle._replace(torch.cuda, "Event", _Event)
-        _handle._replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+        _handle._replacements.set(torch.cuda, "current_device", lambda: torch.device("cpu"))
+        _handle._replacements.set(torch.cuda, "synchronize", lambda device=None: None)
+        _handle._replacements.set(torch.cuda, "Event", _Event)
+        _handle._replacements.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     return _handle

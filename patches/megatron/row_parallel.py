@@ -1,0 +1,55 @@
+"""The local RowParallelLinear: its all-reduce, or with sequence parallelism its reduce-scatter.
+
+With `explicit_expert_comm` set, the base forward returns the partial product it would have reduced (Megatron's own
+shared experts use it so). The base forward is called, never copied, so it stays right from release to release. Experts,
+which have that flag already, leave their communication to the dispatcher.
+
+Hazard: the flag is set for the duration of one forward, so two threads must not run one layer at the same time.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+from megatron_lowbit.communicator import communicator
+
+from .compat import group_of
+from .hooks import config_of, site_of
+from .straight_through import straight_through
+
+
+def takes(module: torch.nn.Module) -> bool:
+    return isinstance(module, RowParallelLinear) and not module.explicit_expert_comm
+
+
+def wrappers() -> list[tuple]:
+    return [(RowParallelLinear, "forward", _forward)]
+
+
+def _forward(base):
+    def forward(self, input_):
+        config = config_of(self)
+        if config is None or self.explicit_expert_comm or (group := group_of(self)).size() == 1:
+            return base(self, input_)
+        site, flags = site_of(self), (self.explicit_expert_comm, self.skip_bias_add)
+        self.explicit_expert_comm = self.skip_bias_add = True
+        try:
+            partial, _ = base(self, input_)
+        finally:
+            self.explicit_expert_comm, self.skip_bias_add = flags
+        comm = communicator(group, config)
+        if self.sequence_parallel:
+            out = straight_through(
+                partial,
+                lambda x: comm.reduce_scatter(x, 0, site),
+                lambda grad: gather_from_sequence_parallel_region(grad, tensor_parallel_output_grad=False),
+            )
+        else:
+            out = straight_through(partial, lambda x: comm.all_reduce(x, site), lambda grad: grad)
+        if self.skip_bias_add:
+            return out, self.bias
+        return (out if self.bias is None else out + self.bias), None
+
+    return forward
