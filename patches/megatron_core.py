@@ -130,14 +130,22 @@ def _takes(site: str, module: torch.nn.Module) -> bool:
 
 
 def _naming() -> list[tuple]:
-    """Layers that are built under a process-wide enable are named as soon as they stand."""
+    """Models and layers that are built under a process-wide enable are named as soon as the outermost of them stands.
+
+    Only then is it known whether a layer is an encoder's, a decoder's or an MTP layer's.
+    """
+    building = []
 
     def wrapper(base):
         def init(self, *args, **kwargs):
-            base(self, *args, **kwargs)
-            if hooks.process_wide is not None:
+            building.append(self)
+            try:
+                base(self, *args, **kwargs)
+            finally:
+                building.pop()
+            if hooks.process_wide is not None and not building:
                 hooks.process_wide._hook(self, mark=False)
 
         return init
 
-    return [(layer, "__init__", wrapper) for layer in compat.LAYERS]
+    return [(kind, "__init__", wrapper) for kind in compat.MODELS + compat.MTP_LAYERS + compat.LAYERS]
