@@ -25,9 +25,14 @@ def config_of(module: torch.nn.Module) -> CommConfig | None:
     return own if own is not None or process_wide is None else process_wide.config
 
 
-def site_of(module: torch.nn.Module, unnamed: str = UNNAMED) -> str:
-    """The module's site, counted as hooked under a process-wide enable if it was not yet."""
-    site = module.__dict__.get("lowbit_site", unnamed)
+def site_of(module: torch.nn.Module, unnamed: str = UNNAMED, suffix: str = "") -> str:
+    """The module's site with `suffix`, counted as hooked under a process-wide enable if it was not yet."""
+    site = module.__dict__.get("lowbit_site", unnamed) + suffix
+    count(module, site)
+    return site
+
+
+def count(module: torch.nn.Module, site: str) -> None:
+    """Note `site` as hooked if it is the process-wide configuration that holds for the module."""
     if process_wide is not None and "lowbit_config" not in module.__dict__:
         process_wide.count(site)
-    return site
