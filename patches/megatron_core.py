@@ -6,7 +6,7 @@
 
 The first `enable` wraps the methods that `LAYERS` name, the last `disable` puts the originals back. In between a
 wrapped method asks which configuration holds for its module (megatron/hooks.py). The integer reduces of the MoE router
-and the embedding's reduce do not pass here and stay exact.
+do not pass here; the embedding's reduce and the logits' gather stay exact unless `sites` names them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
 
 try:
-    from .megatron import compat, hooks, row_parallel, sequence_parallel, sites
+    from .megatron import compat, hooks, row_parallel, sequence_parallel, sites, vocab_parallel
 except ImportError as error:
     raise ModelError(f"Megatron-Core cannot be imported ({error}): pip install 'megatron-lowbit[megatron]'") from error
 from ._replacements import Replacements
 
-LAYERS = (row_parallel, sequence_parallel)
+LAYERS = (row_parallel, sequence_parallel, vocab_parallel)
 # Row-parallel layers that reduce inside other libraries, where this patch cannot reach.
 UNCOVERED = ("TERowParallelLinear", "TERowParallelGroupedLinear", "InferenceRowParallelLinear")
 _wrapped, _handles = Replacements(), set()
@@ -139,7 +139,7 @@ def _messages(site: str, module: torch.nn.Module, config: CommConfig) -> list[st
 def _check_calibrated(config: CommConfig, messages: list[str]) -> None:
     """Raise ConfigError if the calibration does not know what will be sent."""
     messages = [message for message in messages if config.selects(message)]
-    gathers = [message for message in messages if message.endswith(sequence_parallel.GATHER)]
+    gathers = [message for message in messages if message.endswith((sequence_parallel.GATHER, sites.LOGITS))]
     if config.legs.gather.calibrated:
         if unknown := [message for message in gathers if message not in config.calibrated.sites]:
             raise ConfigError(
