@@ -19,14 +19,20 @@ from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
 
 try:
-    from .megatron import compat, hooks, row_parallel, sites
+    from .megatron import compat, hooks, moe, row_parallel, sites
 except ImportError as error:
     raise ModelError(f"Megatron-Core cannot be imported ({error}): pip install 'megatron-lowbit[megatron]'") from error
 from ._replacements import Replacements
 
-LAYERS = (row_parallel,)
-# Row-parallel layers that reduce inside other libraries, where this patch cannot reach.
-UNCOVERED = ("TERowParallelLinear", "TERowParallelGroupedLinear", "InferenceRowParallelLinear")
+LAYERS = (row_parallel, moe)
+# Classes that reduce where this patch cannot reach, and what to do about them.
+_LOCAL = (
+    "whose reduce is not covered in this version: build the model with the local layer spec (--transformer-impl local)"
+)
+UNCOVERED = {
+    name: f"is a {name}, {_LOCAL}"
+    for name in ("TERowParallelLinear", "TERowParallelGroupedLinear", "InferenceRowParallelLinear")
+}
 _wrapped, _handles = Replacements(), set()
 
 
@@ -72,17 +78,20 @@ class Handle:
 
     def _hook(self, model: torch.nn.Module, mark: bool) -> None:
         """Name the modules of a model or layer whose messages will be compressed; mark: as those of this handle."""
-        found = [(site, module) for site, module in sites.named(model) if _takes(site, module)]
+        found = [(site, module, _names(site, module, self.config)) for site, module in sites.named(model)]
+        found = [(site, module, names) for site, module, names in found if names]
         if self.config.calibrated:  # at once, and not in the middle of a forward
-            self.config.calibrated.check(sites=[site for site, _ in found if self.config.selects(site)])
-        for site, module in found:
+            selected = [name for _, _, names in found for name in names if self.config.selects(name)]
+            self.config.calibrated.check(sites=selected)
+        for site, module, names in found:
             if mark and "lowbit_config" in module.__dict__:
                 raise ModelError(f"{site} is enabled already: disable the earlier handle first")
             module.lowbit_site = site
             if mark:
                 module.lowbit_config = self.config
                 self._modules.append(module)
-            self.count(site)
+            for name in names:
+                self.count(name)
 
 
 def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module] | None = None) -> Handle:
@@ -120,13 +129,16 @@ def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module
     return handle
 
 
-def _takes(site: str, module: torch.nn.Module) -> bool:
-    if {kind.__name__ for kind in type(module).__mro__} & set(UNCOVERED):
-        raise ModelError(
-            f"{site} is a {type(module).__name__}, whose reduce is not covered in this version: build the "
-            "model with the local layer spec (--transformer-impl local)"
-        )
-    return any(layer.takes(module) for layer in LAYERS)
+def _names(site: str, module: torch.nn.Module, config: CommConfig) -> list[str]:
+    """The sites of what a module sends; none if nothing, or what no patch reaches and nobody selects."""
+    why = next((UNCOVERED[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in UNCOVERED), None)
+    layer = next((layer for layer in LAYERS if why is None and layer.takes(module)), None)
+    names = layer.names(site, module) if hasattr(layer, "names") else [site]
+    if hasattr(layer, "refusal"):
+        why = layer.refusal(module)
+    if why is not None and any(config.selects(name) for name in names):
+        raise ModelError(f"{site} {why}")
+    return names if layer is not None and why is None else []
 
 
 def _naming() -> list[tuple]:
