@@ -19,14 +19,20 @@ from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
 
 try:
-    from .megatron import compat, hooks, row_parallel, sequence_parallel, sites, vocab_parallel
+    from .megatron import compat, hooks, moe, row_parallel, sequence_parallel, sites, vocab_parallel
 except ImportError as error:
     raise ModelError(f"Megatron-Core cannot be imported ({error}): pip install 'megatron-lowbit[megatron]'") from error
 from ._replacements import Replacements
 
-LAYERS = (row_parallel, sequence_parallel, vocab_parallel)
-# Row-parallel layers that reduce inside other libraries, where this patch cannot reach.
-UNCOVERED = ("TERowParallelLinear", "TERowParallelGroupedLinear", "InferenceRowParallelLinear")
+LAYERS = (row_parallel, sequence_parallel, vocab_parallel, moe)
+# Classes that reduce where this patch cannot reach, and what to do about them.
+_LOCAL = (
+    "whose reduce is not covered in this version: build the model with the local layer spec (--transformer-impl local)"
+)
+UNCOVERED = {
+    name: f"is a {name}, {_LOCAL}"
+    for name in ("TERowParallelLinear", "TERowParallelGroupedLinear", "InferenceRowParallelLinear")
+}
 _wrapped, _handles = Replacements(), set()
 
 
@@ -123,17 +129,18 @@ def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module
 
 
 def _messages(site: str, module: torch.nn.Module, config: CommConfig) -> list[str]:
-    """The sites of what a module sends, as far as it is compressed."""
-    if {kind.__name__ for kind in type(module).__mro__} & set(UNCOVERED):
-        raise ModelError(
-            f"{site} is a {type(module).__name__}, whose reduce is not covered in this version: build the "
-            "model with the local layer spec (--transformer-impl local)"
-        )
-    sent: list[str] = []
+    """The sites of what a module sends; none if nothing, or what no patch reaches and nobody selects."""
+    why = next((UNCOVERED[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in UNCOVERED), None)
+    sent = [] if why is None else [site]
     for layer in LAYERS:
-        if layer.takes(module):
+        if why is None and layer.takes(module):
             sent += layer.messages(module, site, config) if hasattr(layer, "messages") else [site]
-    return sent
+            why = layer.refusal(module) if hasattr(layer, "refusal") else None
+    if why is None:
+        return sent
+    if any(config.selects(message) for message in sent):
+        raise ModelError(f"{site} {why}")
+    return []
 
 
 def _check_calibrated(config: CommConfig, messages: list[str]) -> None:
