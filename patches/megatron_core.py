@@ -20,9 +20,13 @@ from megatron_lowbit.errors import ConfigError, ModelError
 
 try:
     from .megatron import compat, hooks, row_parallel, sites
+    from .megatron.module_spec import lowbit_spec
 except ImportError as error:
     raise ModelError(f"Megatron-Core cannot be imported ({error}): pip install 'megatron-lowbit[megatron]'") from error
 from ._replacements import Replacements
+from .megatron.arguments import add_lowbit_args, enable_from_args
+
+__all__ = ["Handle", "add_lowbit_args", "enable", "enable_from_args", "lowbit_spec"]
 
 LAYERS = (row_parallel,)
 # Row-parallel layers that reduce inside other libraries, where this patch cannot reach.
