@@ -20,9 +20,13 @@ from megatron_lowbit.errors import ConfigError, ModelError
 
 try:
     from .megatron import compat, hooks, moe, row_parallel, sequence_parallel, sites, vocab_parallel
+    from .megatron.module_spec import lowbit_spec
 except ImportError as error:
     raise ModelError(f"Megatron-Core cannot be imported ({error}): pip install 'megatron-lowbit[megatron]'") from error
 from ._replacements import Replacements
+from .megatron.arguments import add_lowbit_args, enable_from_args
+
+__all__ = ["Handle", "add_lowbit_args", "enable", "enable_from_args", "lowbit_spec"]
 
 LAYERS = (row_parallel, sequence_parallel, vocab_parallel, moe)
 # Classes that reduce where this patch cannot reach, and what to do about them.
