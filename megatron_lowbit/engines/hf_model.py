@@ -71,6 +71,11 @@ class ModelConfig:
     def family(self) -> Family:
         return FAMILIES[self.model_type]
 
+    @property
+    def needs_own_layers(self) -> bool:
+        """Whether Megatron's local layers lack something that the model has: see `megatron_layers.py`."""
+        return bool(self.windows or self.family.gemma)
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; `ModelError` when there is none."""

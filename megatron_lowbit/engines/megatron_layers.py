@@ -6,10 +6,13 @@ in later ones it makes their mask on "cuda", so models with windows are built wi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -59,9 +62,14 @@ class ZeroCenteredRMSNorm(torch.nn.Module):
 
 
 class GemmaLayer(TransformerLayer):
-    """Megatron's layer with norms behind attention and MLP; the first one scales the embeddings by sqrt(hidden)."""
+    """Megatron's layer with norms behind attention and MLP, and tanh-approximated gelu for its activation.
+
+    The first one scales the embeddings by sqrt(hidden_size), which no layer spec can do elsewhere.
+    """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        config = copy.copy(config)
+        config.activation_func, config.bias_activation_fusion = partial(F.gelu, approximate="tanh"), False
         super().__init__(config, *args, **kwargs)
         sizes = {"hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
         self.post_self_attn_layernorm = ZeroCenteredRMSNorm(config, **sizes)
@@ -91,31 +99,32 @@ def _behind(norm: torch.nn.Module, add: Callable) -> Callable:
     return with_norm
 
 
-def attention(windows: tuple[int | None, ...], cap: float | None) -> type[DotProductAttention]:
-    """Megatron's local attention with these windows, by layer, and this cap."""
+def attention(model: ModelConfig) -> type[DotProductAttention]:
+    """Megatron's local attention with this model's windows, cap and scale of the scores."""
 
     class Attention(DotProductAttention):
         def __init__(self, config: Any, layer_number: int, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, layer_number, *args, **kwargs)
-            window = windows[layer_number - 1] if windows else None  # Megatron counts from 1, over all stages
-            self.scale_mask_softmax = MaskedSoftmax(window, cap)
+            window = model.windows[layer_number - 1] if model.windows else None  # counted from 1, over all stages
+            self.scale_mask_softmax = MaskedSoftmax(window, model.attention_cap)
+            if model.query_scale is not None:
+                self.softmax_scale = model.query_scale
 
     return Attention
 
 
-def layer_spec(config: ModelConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    """What GPTModel takes as `transformer_layer_spec`: Megatron's local spec, changed where the family asks for it."""
+def layer_spec(config: ModelConfig, stages: int = 1) -> ModuleSpec | TransformerBlockSubmodules:
+    """What GPTModel takes as `transformer_layer_spec`, on each of `stages` pipeline stages.
+
+    Megatron's local spec, changed where the family asks for it.
+    """
+    layers = config.layers // stages
     experts = {"num_experts": config.experts, "moe_grouped_gemm": False} if config.experts else {}
     spec = get_gpt_layer_local_spec(qk_layernorm=config.family.qk_norm, normalization="RMSNorm", **experts)
-    if needs_own_spec(config):
-        spec.submodules.self_attention.submodules.core_attention = attention(config.windows, config.attention_cap)
+    if config.needs_own_layers:
+        spec.submodules.self_attention.submodules.core_attention = attention(config)
     if not config.family.gemma:
         return spec
     spec.module = GemmaLayer
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = ZeroCenteredRMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * config.layers, layer_norm=ZeroCenteredRMSNorm)
-
-
-def needs_own_spec(config: ModelConfig) -> bool:
-    """Whether the model needs layers of this file."""
-    return bool(config.windows or config.attention_cap or config.family.gemma)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=ZeroCenteredRMSNorm)

@@ -17,8 +17,6 @@ from ..errors import ConfigError, ModelError
 from .hf_model import DTYPES, Checkpoint, ModelConfig, check_tensor_parallel, query_groups, read_config
 from .weights import Ranks, shards
 
-ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh")}
-
 
 def build(config: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
     """An uninitialised `GPTModel` (local spec) on the CPU. Its vocabulary is padded to a multiple of the TP size."""
@@ -47,9 +45,8 @@ def build(config: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
         normalization="RMSNorm",
         layernorm_epsilon=config.norm_eps,
         qk_layernorm=config.family.qk_norm,
-        softmax_scale=config.query_scale,
         gated_linear_unit=True,
-        activation_func=ACTIVATIONS[config.family.activation],
+        activation_func=F.silu,
         add_bias_linear=config.attention_bias or config.mlp_bias,  # all or none; absent biases stay zero
         add_qkv_bias=config.family.qkv_bias,
         hidden_dropout=0.0,
@@ -119,8 +116,8 @@ def load_model(
     with torch.no_grad():
         for name, read in tqdm(plan, desc="loading", unit="tensor", disable=None if progress and rank == 0 else True):
             parameters.pop(name).copy_(read())
-        for name, parameter in parameters.items():  # biases that this model does not have
-            if not name.endswith(".bias"):
-                raise ModelError(f"{folder}: nothing to load into {name}; Megatron-Core's GPTModel has changed")
-            parameter.zero_()
+    if parameters:
+        raise ModelError(
+            f"{folder}: nothing to load into {', '.join(parameters)}; Megatron-Core's GPTModel has changed"
+        )
     return model.to(device).requires_grad_(False).eval()

@@ -35,17 +35,24 @@ class Weight:
     name: str
     sources: dict[str, tuple[int, ...]]
     cut: type[Whole]
+    absent: bool = False  # Megatron has it, Hugging Face has not: all zero
 
     def split(self, read: Read, config: ModelConfig, ranks: Ranks, rank: int) -> torch.Tensor:
         """What rank `rank` of `ranks` holds."""
-        return self.cut(self, config, ranks).split(read, rank)
+        return self.cut(self, config, ranks).split(self._zeros if self.absent else read, rank)
+
+    def _zeros(self, name: str, start: int = 0, stop: int | None = None, dim: int = 0) -> torch.Tensor:
+        return torch.zeros(self.sources[name])[start:stop]  # of one dimension: only biases are ever absent
 
     def join(self, parts: Sequence[torch.Tensor], config: ModelConfig, ranks: Ranks) -> dict[str, torch.Tensor]:
         """All ranks' parts, in rank order -> the Hugging Face tensors. ModelError if copies differ."""
         for part in parts:
             if part.shape != parts[0].shape:
                 raise ModelError(f"{self.name} is {list(parts[0].shape)} on rank 0, {list(part.shape)} on another")
-        return dict(zip(self.sources, self.cut(self, config, ranks).join(parts), strict=True))
+        joined = dict(zip(self.sources, self.cut(self, config, ranks).join(parts), strict=True))
+        if self.absent and any(tensor.any() for tensor in joined.values()):
+            raise ModelError(f"{self.name} is not zero, and Hugging Face's model has no {' or '.join(joined)}")
+        return {} if self.absent else joined
 
 
 @dataclass(frozen=True)
@@ -153,16 +160,20 @@ def _layer(config: ModelConfig, hf: str) -> Iterator[Weight]:
     yield Weight(
         "self_attention.linear_qkv.weight", {f"{x}.weight": (rows, hidden) for x, rows in qkv.items()}, GroupedHeads
     )
-    if config.attention_bias or config.family.qkv_bias:
-        yield Weight("self_attention.linear_qkv.bias", {f"{x}.bias": (rows,) for x, rows in qkv.items()}, GroupedHeads)
+    every = config.attention_bias or config.mlp_bias  # Megatron has all biases or none, but for add_qkv_bias
+    if every or config.family.qkv_bias:
+        sources = {f"{x}.bias": (rows,) for x, rows in qkv.items()}
+        absent = not (config.attention_bias or config.family.qkv_bias)
+        yield Weight("self_attention.linear_qkv.bias", sources, GroupedHeads, absent)
     if config.family.qk_norm:
         for x in "qk":
             name = f"{hf}.self_attn.{x}_norm.weight"
             yield Weight(f"self_attention.{x}_layernorm.weight", {name: (config.head_dim,)}, Whole)
     output = f"{hf}.self_attn.o_proj"
     yield Weight("self_attention.linear_proj.weight", {f"{output}.weight": (hidden, queries)}, Columns)
-    if config.attention_bias:
-        yield Weight("self_attention.linear_proj.bias", {f"{output}.bias": (hidden,)}, Whole)
+    if every:
+        sources = {f"{output}.bias": (hidden,)}
+        yield Weight("self_attention.linear_proj.bias", sources, Whole, not config.attention_bias)
     if config.experts:
         moe = f"{hf}.block_sparse_moe"
         yield Weight("mlp.router.weight", {f"{moe}.gate.weight": (config.experts, hidden)}, Whole)
@@ -177,14 +188,16 @@ def _mlp(config: ModelConfig, ours: str, gate: str, up: str, down: str) -> Itera
     hidden, inner = config.hidden, config.intermediate
     yield Weight(f"{ours}.linear_fc1.weight", {f"{x}.weight": (inner, hidden) for x in (gate, up)}, Rows)
     yield Weight(f"{ours}.linear_fc2.weight", {f"{down}.weight": (hidden, inner)}, Columns)
-    if config.mlp_bias:
-        yield Weight(f"{ours}.linear_fc1.bias", {f"{x}.bias": (inner,) for x in (gate, up)}, Rows)
-        yield Weight(f"{ours}.linear_fc2.bias", {f"{down}.bias": (hidden,)}, Whole)
+    if config.attention_bias or config.mlp_bias:
+        absent = not config.mlp_bias
+        yield Weight(f"{ours}.linear_fc1.bias", {f"{x}.bias": (inner,) for x in (gate, up)}, Rows, absent)
+        yield Weight(f"{ours}.linear_fc2.bias", {f"{down}.bias": (hidden,)}, Whole, absent)
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the Hugging Face checkpoint must hold."""
-    return {name: shape for weight in weights(config) for name, shape in weight.sources.items()}
+    found = [weight for weight in weights(config) if not weight.absent]
+    return {name: shape for weight in found for name, shape in weight.sources.items()}
 
 
 def shards(
