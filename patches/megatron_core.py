@@ -46,10 +46,12 @@ class Handle:
     def __init__(self, config: CommConfig) -> None:
         self.config = config
         self.sites: list[str] = []  # hooked so far; grows while models are built under a process-wide enable
+        self._counted: set[str] = set()  # the same, to look up at every call
         self._modules: list[torch.nn.Module] = []
 
     def count(self, site: str) -> None:
-        if site not in self.sites:
+        if site not in self._counted:
+            self._counted.add(site)
             self.sites.append(site)
 
     def disable(self) -> None:
