@@ -19,19 +19,20 @@ from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
 
 try:
-    from .megatron import compat, hooks, moe, row_parallel, sites
+    from .megatron import compat, hooks, moe, row_parallel, sites, transformer_engine
 except ImportError as error:
     raise ModelError(f"Megatron-Core cannot be imported ({error}): pip install 'megatron-lowbit[megatron]'") from error
 from ._replacements import Replacements
 
-LAYERS = (row_parallel, moe)
+LAYERS = (row_parallel, moe, transformer_engine)
 # Classes that reduce where this patch cannot reach, and what to do about them.
 _LOCAL = (
     "whose reduce is not covered in this version: build the model with the local layer spec (--transformer-impl local)"
 )
 UNCOVERED = {
-    name: f"is a {name}, {_LOCAL}"
-    for name in ("TERowParallelLinear", "TERowParallelGroupedLinear", "InferenceRowParallelLinear")
+    "InferenceRowParallelLinear": "which reduces in symmetric memory: build the model with --transformer-impl local",
+    "TEFusedMLP": "which reduces among Transformer Engine's fused operations: set use_te_op_fuser=False",
+    "FusedSharedExpertMLP": "which reduces by itself: set use_grouped_gemm_for_shared_expert=False",
 }
 _wrapped, _handles = Replacements(), set()
 
@@ -78,20 +79,20 @@ class Handle:
 
     def _hook(self, model: torch.nn.Module, mark: bool) -> None:
         """Name the modules of a model or layer whose messages will be compressed; mark: as those of this handle."""
-        found = [(site, module, _names(site, module, self.config)) for site, module in sites.named(model)]
-        found = [(site, module, names) for site, module, names in found if names]
+        found = [(site, module, _messages(site, module, self.config)) for site, module in sites.named(model)]
+        found = [row for row in found if row[-1]]
         if self.config.calibrated:  # at once, and not in the middle of a forward
-            selected = [name for _, _, names in found for name in names if self.config.selects(name)]
-            self.config.calibrated.check(sites=selected)
-        for site, module, names in found:
+            messages = [message for *_, sent in found for message in sent]
+            self.config.calibrated.check(sites=[message for message in messages if self.config.selects(message)])
+        for site, module, sent in found:
             if mark and "lowbit_config" in module.__dict__:
                 raise ModelError(f"{site} is enabled already: disable the earlier handle first")
             module.lowbit_site = site
             if mark:
                 module.lowbit_config = self.config
                 self._modules.append(module)
-            for name in names:
-                self.count(name)
+            for message in sent:
+                self.count(message)
 
 
 def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module] | None = None) -> Handle:
@@ -129,16 +130,18 @@ def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module
     return handle
 
 
-def _names(site: str, module: torch.nn.Module, config: CommConfig) -> list[str]:
-    """The sites of what a module sends; none if nothing, or what no patch reaches and nobody selects."""
+def _messages(site: str, module: torch.nn.Module, config: CommConfig) -> list[str]:
+    """The sites of what a module sends, as far as it is compressed."""
     why = next((UNCOVERED[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in UNCOVERED), None)
-    layer = next((layer for layer in LAYERS if why is None and layer.takes(module)), None)
-    names = layer.names(site, module) if hasattr(layer, "names") else [site]
-    if hasattr(layer, "refusal"):
-        why = layer.refusal(module)
-    if why is not None and any(config.selects(name) for name in names):
-        raise ModelError(f"{site} {why}")
-    return names if layer is not None and why is None else []
+    if why is not None:
+        if config.selects(site):
+            raise ModelError(f"{site} is a {type(module).__name__}, {why}")
+        return []
+    sent: list[str] = []
+    for layer in LAYERS:
+        if layer.takes(module):
+            sent += layer.messages(module, site, config) if hasattr(layer, "messages") else [site]
+    return sent
 
 
 def _naming() -> list[tuple]:

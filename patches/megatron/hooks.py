@@ -25,10 +25,9 @@ def config_of(module: torch.nn.Module) -> CommConfig | None:
     return own if own is not None or process_wide is None else process_wide.config
 
 
-def site_of(module: torch.nn.Module, unnamed: str = UNNAMED, part: str = "") -> str:
-    """The module's site, or that of a part of it, counted as hooked under a process-wide enable if it was not yet."""
-    site = module.__dict__.get("lowbit_site", unnamed)
-    site = f"{site}.{part}" if part else site
+def site_of(module: torch.nn.Module, unnamed: str = UNNAMED, suffix: str = "") -> str:
+    """The module's site with `suffix`, counted as hooked under a process-wide enable if it was not yet."""
+    site = module.__dict__.get("lowbit_site", unnamed) + suffix
     if process_wide is not None and "lowbit_config" not in module.__dict__:
         process_wide.count(site)
     return site

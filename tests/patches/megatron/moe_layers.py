@@ -111,9 +111,9 @@ def simulated():
     def wide(x):
         return x.dim() >= 2 and x.shape[-1] == HIDDEN and x.is_floating_point()
 
-    def all_to_all(group, x, outputs=None, inputs=None):
+    def all_to_all(group, x, outputs=None, inputs=None, **rest):
         if not wide(x) or group.size() == 1:
-            return originals["all_to_all"](group, x, outputs, inputs)
+            return originals["all_to_all"](group, x, outputs, inputs, **rest)
         splits = [None if s is None else [int(n) for n in s] for s in everywhere(inputs, group)]
         return lowbit.simulate.all_to_all(everywhere(x, group), SPEC, splits)[group.rank()]
 
