@@ -19,18 +19,17 @@ from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
 
 try:
-    from .megatron import compat, hooks, moe, row_parallel, sites, transformer_engine
+    from .megatron import compat, hooks, inference_layers, moe, row_parallel, sites, transformer_engine
 except ImportError as error:
     raise ModelError(f"Megatron-Core cannot be imported ({error}): pip install 'megatron-lowbit[megatron]'") from error
 from ._replacements import Replacements
 
-LAYERS = (row_parallel, moe, transformer_engine)
+LAYERS = (row_parallel, moe, transformer_engine, inference_layers)
 # Classes that reduce where this patch cannot reach, and what to do about them.
 _LOCAL = (
     "whose reduce is not covered in this version: build the model with the local layer spec (--transformer-impl local)"
 )
 UNCOVERED = {
-    "InferenceRowParallelLinear": "which reduces in symmetric memory: build the model with --transformer-impl local",
     "TEFusedMLP": "which reduces among Transformer Engine's fused operations: set use_te_op_fuser=False",
     "FusedSharedExpertMLP": "which reduces by itself: set use_grouped_gemm_for_shared_expert=False",
 }

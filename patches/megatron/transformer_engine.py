@@ -45,7 +45,7 @@ ROW, COLUMN, NORM_COLUMN = (  # without Transformer Engine newer releases derive
 GATHER, UNNAMED_COLUMN = ".gather", "column_parallel"
 FUSED = "gathered within Transformer Engine"
 _ALONE = {"parallel_mode": None, "sequence_parallel": False, "tp_size": 1}
-_WITHOUT_BIAS = _ALONE | {"apply_bias": False, "gemm_bias_unfused_add": False}
+WITHOUT_BIAS = _ALONE | {"apply_bias": False, "gemm_bias_unfused_add": False}
 _USER_BUFFERS = (  # as releases of Transformer Engine call them
     "ub_overlap_rs_fprop",
     "ub_overlap_ag_fprop",
@@ -149,7 +149,7 @@ def _row(base):
         site, apply_bias = site_of(self), self.apply_bias
         if config.selects(site):
             check(self, site)
-        with saying(self, _WITHOUT_BIAS):
+        with saying(self, WITHOUT_BIAS):
             partial, bias = base(self, x)
         out = reduced(self, partial, config, site)
         return (out + self.bias.to(out.dtype) if apply_bias else out), bias
