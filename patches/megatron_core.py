@@ -6,7 +6,7 @@
 
 The first `enable` wraps the methods that `LAYERS` name, the last `disable` puts the originals back. In between a
 wrapped method asks which configuration holds for its module (megatron/hooks.py). The integer reduces of the MoE router
-and the embedding's reduce do not pass here and stay exact.
+do not pass here; the embedding's reduce and the logits' gather stay exact unless `sites` names them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
 
 try:
-    from .megatron import compat, hooks, row_parallel, sites
+    from .megatron import compat, hooks, moe, row_parallel, sequence_parallel, sites, vocab_parallel
     from .megatron.module_spec import lowbit_spec
 except ImportError as error:
     raise ModelError(f"Megatron-Core cannot be imported ({error}): pip install 'megatron-lowbit[megatron]'") from error
@@ -28,9 +28,15 @@ from .megatron.arguments import add_lowbit_args, enable_from_args
 
 __all__ = ["Handle", "add_lowbit_args", "enable", "enable_from_args", "lowbit_spec"]
 
-LAYERS = (row_parallel,)
-# Row-parallel layers that reduce inside other libraries, where this patch cannot reach.
-UNCOVERED = ("TERowParallelLinear", "TERowParallelGroupedLinear", "InferenceRowParallelLinear")
+LAYERS = (row_parallel, sequence_parallel, vocab_parallel, moe)
+# Classes that reduce where this patch cannot reach, and what to do about them.
+_LOCAL = (
+    "whose reduce is not covered in this version: build the model with the local layer spec (--transformer-impl local)"
+)
+UNCOVERED = {
+    name: f"is a {name}, {_LOCAL}"
+    for name in ("TERowParallelLinear", "TERowParallelGroupedLinear", "InferenceRowParallelLinear")
+}
 _wrapped, _handles = Replacements(), set()
 
 
@@ -76,17 +82,19 @@ class Handle:
 
     def _hook(self, model: torch.nn.Module, mark: bool) -> None:
         """Name the modules of a model or layer whose messages will be compressed; mark: as those of this handle."""
-        found = [(site, module) for site, module in sites.named(model) if _takes(site, module)]
+        found = [(site, module, _messages(site, module, self.config)) for site, module in sites.named(model)]
+        found = [row for row in found if row[-1]]
         if self.config.calibrated:  # at once, and not in the middle of a forward
-            self.config.calibrated.check(sites=[site for site, _ in found if self.config.selects(site)])
-        for site, module in found:
+            _check_calibrated(self.config, [message for *_, sent in found for message in sent])
+        for site, module, sent in found:
             if mark and "lowbit_config" in module.__dict__:
                 raise ModelError(f"{site} is enabled already: disable the earlier handle first")
             module.lowbit_site = site
             if mark:
                 module.lowbit_config = self.config
                 self._modules.append(module)
-            self.count(site)
+            for message in sent:
+                self.count(message)
 
 
 def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module] | None = None) -> Handle:
@@ -124,24 +132,54 @@ def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module
     return handle
 
 
-def _takes(site: str, module: torch.nn.Module) -> bool:
-    if {kind.__name__ for kind in type(module).__mro__} & set(UNCOVERED):
-        raise ModelError(
-            f"{site} is a {type(module).__name__}, whose reduce is not covered in this version: build the "
-            "model with the local layer spec (--transformer-impl local)"
-        )
-    return any(layer.takes(module) for layer in LAYERS)
+def _messages(site: str, module: torch.nn.Module, config: CommConfig) -> list[str]:
+    """The sites of what a module sends; none if nothing, or what no patch reaches and nobody selects."""
+    why = next((UNCOVERED[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in UNCOVERED), None)
+    sent = [] if why is None else [site]
+    for layer in LAYERS:
+        if why is None and layer.takes(module):
+            sent += layer.messages(module, site, config) if hasattr(layer, "messages") else [site]
+            why = layer.refusal(module) if hasattr(layer, "refusal") else None
+    if why is None:
+        return sent
+    if any(config.selects(message) for message in sent):
+        raise ModelError(f"{site} {why}")
+    return []
+
+
+def _check_calibrated(config: CommConfig, messages: list[str]) -> None:
+    """Raise ConfigError if the calibration does not know what will be sent."""
+    messages = [message for message in messages if config.selects(message)]
+    gathers = [message for message in messages if message.endswith((sequence_parallel.GATHER, sites.LOGITS))]
+    if config.legs.gather.calibrated:
+        if unknown := [message for message in gathers if message not in config.calibrated.sites]:
+            raise ConfigError(
+                f"{config.calibrated.name} lacks {unknown[0]}: calibrations are of sums and say nothing about what is "
+                "gathered. Leave the gathers exact with CommConfig(sites=('layers.*.attention', 'layers.*.mlp')), or "
+                "give them a codec that needs none, as in 'selective4/int8'"
+            )
+        for message in gathers:
+            config.calibrated.statistics(message, "gather")
+    config.calibrated.check(sites=[message for message in messages if message not in gathers])
 
 
 def _naming() -> list[tuple]:
-    """Layers that are built under a process-wide enable are named as soon as they stand."""
+    """Models and layers that are built under a process-wide enable are named as soon as the outermost of them stands.
+
+    Only then is it known whether a layer is an encoder's, a decoder's or an MTP layer's.
+    """
+    building = []
 
     def wrapper(base):
         def init(self, *args, **kwargs):
-            base(self, *args, **kwargs)
-            if hooks.process_wide is not None:
+            building.append(self)
+            try:
+                base(self, *args, **kwargs)
+            finally:
+                building.pop()
+            if hooks.process_wide is not None and not building:
                 hooks.process_wide._hook(self, mark=False)
 
         return init
 
-    return [(layer, "__init__", wrapper) for layer in compat.LAYERS]
+    return [(kind, "__init__", wrapper) for kind in compat.MODELS + compat.MTP_LAYERS + compat.LAYERS]

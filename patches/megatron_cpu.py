@@ -1,9 +1,9 @@
 """Lets Megatron-Core build a model and run its static inference engine on a machine without CUDA.
 
-Megatron-Core 0.16 asks `torch.cuda` for the current device, for timing events and for synchronization even when every
-tensor lives on the CPU. `enable()` answers those calls; where CUDA exists it changes nothing. What it cannot cure, the
-caller must: build with `use_cpu_initialization=True` and an inference RNG tracker, and pass an attention mask (Megatron
-makes its default causal mask on "cuda").
+Megatron-Core 0.16 asks `torch.cuda` for the current device, for timing events, for streams and for synchronization even
+when every tensor lives on the CPU. `enable()` answers those calls; where CUDA exists it changes nothing. What it cannot
+cure, the caller must: build with `use_cpu_initialization=True` and an inference RNG tracker, and pass an attention mask
+(Megatron makes its default causal mask on "cuda").
 
 `enable_training()` does more, so that scripts that start with `megatron.training` run as they are: it is for
 development only, and what the launcher (`megatron-lowbit run`) calls. Such a script still has to be given options that
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from typing import Any
 
@@ -62,6 +62,26 @@ class _Event:
         return 0.0
 
 
+class _Stream:
+    """Stands in for `torch.cuda.Stream`: there is one order of execution, so nothing has to wait."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+    def synchronize(self) -> None:
+        pass
+
+
+_stream = _Stream()
 FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros")
 _handle, _training = Handle(), Handle()
 
@@ -76,6 +96,9 @@ def enable() -> Handle:
         _handle._replacements.set(torch.cuda, "current_device", lambda: torch.device("cpu"))
         _handle._replacements.set(torch.cuda, "synchronize", lambda device=None: None)
         _handle._replacements.set(torch.cuda, "Event", _Event)
+        _handle._replacements.set(torch.cuda, "Stream", _Stream)
+        _handle._replacements.set(torch.cuda, "current_stream", lambda device=None: _stream)
+        _handle._replacements.set(torch.cuda, "stream", lambda stream: nullcontext())
         _handle._replacements.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     return _handle
 

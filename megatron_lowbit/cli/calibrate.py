@@ -119,7 +119,7 @@ def check(arguments: argparse.Namespace) -> Job:
         check_installed()
     if missing := [name for name in ("rich", "safetensors", "transformers") if find_spec(name) is None]:
         raise ConfigError(f"calibrate needs {', '.join(missing)}: pip install 'megatron-lowbit[hf]'")
-    from ..engines.hf_llama import Checkpoint, check_tensor_parallel, read_config
+    from ..engines.hf_model import Checkpoint, check_tensor_parallel, read_config
 
     model = bundled(arguments.model, "model", "--model DIR")
     llama = read_config(model)

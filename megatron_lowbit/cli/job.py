@@ -131,7 +131,7 @@ def check(arguments: argparse.Namespace) -> Job:
         )
     model = bundled(arguments.model, "model", "--model DIR")
     try:
-        from ..engines.hf_llama import Checkpoint, check_tensor_parallel, read_config
+        from ..engines.hf_model import Checkpoint, check_tensor_parallel, read_config
     except ImportError as error:
         raise ModelError(f"{error}: pip install 'megatron-lowbit[megatron]'") from error
     llama = read_config(model)

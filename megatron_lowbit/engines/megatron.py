@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from ..errors import ConfigError, ModelError
 from ..patches import megatron_cpu
 from .base import Generation, OnText, Perplexity, Sampling, TextStream
-from .hf_llama import check_tensor_parallel, read_config, read_json
-from .megatron_llama import load_llama
+from .hf_model import check_tensor_parallel, read_config, read_json
+from .megatron_model import load_model
 
 
 @contextmanager
@@ -132,7 +132,7 @@ class MegatronEngine:
             from megatron.core.inference.engines import static_engine  # noqa: F401  slow: with the model, not with the text
 
             self.tp = init_tensor_parallel(tp)
-            self.model = load_llama(folder, dtype, self.device, progress)
+            self.model = load_model(folder, dtype, self.device, progress)
         self.dtype = next(self.model.parameters()).dtype
         self.eos = self._end_tokens(folder)
 

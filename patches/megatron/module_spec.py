@@ -36,7 +36,7 @@ def lowbit_spec(spec: Any, config: CommConfig) -> Any:
         raise ConfigError(f"config is {config!r}: pass a CommConfig, such as CommConfig(spec='int8:g128')")
     if megatron_core._handles:
         raise ConfigError("low-bit communication is enabled already: leave out lowbit_spec, or the flag and enable()")
-    wrappers = [wrapper for layer in megatron_core.LAYERS for wrapper in layer.wrappers()]
+    wrappers = _of_classes(megatron_core.LAYERS)
     replaced: list[type] = []
 
     def swap(kind: type) -> type:
@@ -45,7 +45,7 @@ def lowbit_spec(spec: Any, config: CommConfig) -> Any:
                 f"the spec has a {kind.__name__}, whose reduce is not covered in this version: use the local layer "
                 "spec, such as get_gpt_layer_local_spec"
             )
-        mine = [(name, wrap) for owner, name, wrap in wrappers if isinstance(owner, type) and issubclass(kind, owner)]
+        mine = [(name, wrap) for owner, name, wrap in wrappers if issubclass(kind, owner)]
         if mine:
             replaced.append(kind)
             return _subclass(kind, {name: wrap(getattr(kind, name)) for name, wrap in mine}, _configured(config))
@@ -58,6 +58,12 @@ def lowbit_spec(spec: Any, config: CommConfig) -> Any:
             "get_gpt_layer_local_spec() returns"
         )
     return copied
+
+
+def _of_classes(layers: tuple) -> list[tuple]:
+    """The wrappers of layers that wrap classes alone: others answer functions of Megatron's, which nothing here may."""
+    wrapped = [layer.wrappers() for layer in layers]
+    return [wrapper for each in wrapped if all(isinstance(owner, type) for owner, *_ in each) for wrapper in each]
 
 
 def _rebuilt(part: Any, swap: Callable[[type], type]) -> Any:

@@ -44,7 +44,7 @@ def _forward(base):
             out = straight_through(
                 partial,
                 lambda x: comm.reduce_scatter(x, 0, site),
-                lambda grad: gather_from_sequence_parallel_region(grad, tensor_parallel_output_grad=False),
+                lambda grad: gather_from_sequence_parallel_region(grad, False, group=group),
             )
         else:
             out = straight_through(partial, lambda x: comm.all_reduce(x, site), lambda grad: grad)

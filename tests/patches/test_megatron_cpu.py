@@ -5,7 +5,8 @@ import torch
 
 from megatron_lowbit.patches import megatron_cpu
 
-WATCHED = [(torch.cuda, "current_device"), (torch.cuda, "synchronize"), (torch.cuda, "Event"), (torch.Tensor, "cuda")]
+CUDA = ("current_device", "current_stream", "synchronize", "stream", "Event", "Stream")
+WATCHED = [*((torch.cuda, name) for name in CUDA), (torch.Tensor, "cuda")]
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is idle where CUDA exists")
 
 
@@ -30,6 +31,10 @@ def test_replaces_what_megatron_calls(before):
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event()
     start.record(), end.record(), end.wait(), end.synchronize(), torch.cuda.synchronize()
     assert end.query() and start.elapsed_time(end) == 0.0
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current), current.wait_event(stream.record_event()), stream.synchronize()
+    with torch.cuda.stream(stream):
+        assert stream.record_event(end) is end
 
 
 @without_cuda

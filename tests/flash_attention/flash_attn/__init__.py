@@ -3,6 +3,8 @@
 Keys and values lie in pages: [pages, page size, heads, head size]; block_table [sequences, pages of each].
 """
 
+from itertools import pairwise
+
 import torch
 
 __version__ = "2.7.4"
@@ -14,7 +16,7 @@ def flash_attn_varlen_func(
     """q [tokens of all sequences, heads, head size]; the sequences begin at cu_seqlens_q -> the same shape."""
     out, starts = torch.zeros_like(q), cu_seqlens_q.tolist()
     lengths = cu_seqlens_k.diff().tolist()
-    for index, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    for index, (start, stop) in enumerate(pairwise(starts)):
         if stop > start:
             pages = block_table[index]
             out[start:stop] = _attend(q[start:stop], k[pages], v[pages], lengths[index], softmax_scale)
