@@ -15,7 +15,8 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class _Stream:
 
 
 _stream = _Stream()
-FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
+FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros")
 _handle, _training = Handle(), Handle()
 
 
@@ -118,6 +119,10 @@ def enable_training() -> Handle:
         put(torch.cuda, "device_count", lambda: 1)
         put(torch.cuda, "set_device", lambda device: None)
         put(torch.cuda, "memory_stats", lambda device=None: defaultdict(int))
+        put(torch.cuda, "reset_peak_memory_stats", lambda device=None: None)
+        put(torch.cuda, "LongTensor", torch.LongTensor)
+        for name in ("range_push", "range_pop"):
+            put(torch.cuda.nvtx, name, lambda *args: None)
         try:
             from megatron.training import arguments, initialize
         except ImportError:
@@ -131,12 +136,20 @@ def enable_training() -> Handle:
         put(initialize, "_compile_dependencies", lambda: None)
         if hasattr(arguments, "get_device_arch_version"):
             put(arguments, "get_device_arch_version", lambda: 0)
+        from megatron.core.inference.contexts import dynamic_context
+
+        if hasattr(dynamic_context, "triton_append_key_value_cache"):  # refuses CPU tensors, beside a plain one
+            put(dynamic_context, "triton_append_key_value_cache", None)
+        for name in ("megatron.core.inference.communication_utils", "megatron.inference.text_generation.communication"):
+            with suppress(ImportError):  # releases have one or both of them
+                put(import_module(name), "_is_cuda", lambda tensor: None)
     return _training
 
 
 def _on_cpu(function: Callable) -> Callable:
     @functools.wraps(function)
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("pin_memory", None)
         return function(*map(_moved, args), **{name: _moved(value) for name, value in kwargs.items()})
 
     return on_cpu

@@ -114,7 +114,8 @@ def _run(script: str, config: CommConfig | None, flags: argparse.Namespace, debu
     def conclude(check: bool = True) -> None:
         if handle is not None and not {"-h", "--help"} & set(sys.argv):
             stats = telemetry.stats()
-            _summary(config, stats, flags.lowbit_comm_json)
+            if stats or check:
+                _summary(config, stats, flags.lowbit_comm_json)
             if check and around.tp != 1:
                 _check(script, config, handle.sites, stats)
 
@@ -147,6 +148,7 @@ def _execute(script: str, conclude: Callable[..., None], debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
+        conclude(check=False)
         frame = error.__traceback__
         while frame is not None and frame.tb_frame.f_code.co_filename != script:
             frame = frame.tb_next

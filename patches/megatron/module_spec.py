@@ -2,8 +2,10 @@
 
     spec = lowbit_spec(get_gpt_layer_local_spec(), CommConfig("int8:g128"))
 
-A class that `megatron_core.LAYERS` would wrap is replaced by a subclass with the wrapped methods; the layer around it
-by one that names what it holds as soon as it stands, and refuses what would go uncompressed as it is not in the spec.
+A class whose methods `megatron_core.LAYERS` would wrap is replaced by a subclass with the wrapped methods; the layer
+around it by one that names what it holds as soon as it stands. What a spec cannot reach, such as collectives that
+Megatron calls by a global name (of sequence parallelism, of MoE dispatchers), is an error unless `sites` leaves it out.
+Layers of an encoder beside a decoder share their names with the decoder's: only a whole model can tell them apart.
 For `--spec MODULE NAME` the spec must be a global of a module of the user's (examples/megatron_spec.py).
 """
 
@@ -20,7 +22,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
 
-from . import compat
+from . import compat, sites
+from .hooks import asks_for
 
 
 def lowbit_spec(spec: Any, config: CommConfig) -> Any:
@@ -36,20 +39,23 @@ def lowbit_spec(spec: Any, config: CommConfig) -> Any:
         raise ConfigError(f"config is {config!r}: pass a CommConfig, such as CommConfig(spec='int8:g128')")
     if megatron_core._handles:
         raise ConfigError("low-bit communication is enabled already: leave out lowbit_spec, or the flag and enable()")
+    if outside := [site for site in (sites.EMBEDDING, sites.LOGITS) if asks_for(config, site)]:
+        raise ConfigError(f"{outside[0]} is not part of a layer's spec: leave it out of sites, or call enable(config)")
     wrappers = _of_classes(megatron_core.LAYERS)
     replaced: list[type] = []
 
     def swap(kind: type) -> type:
-        if {base.__name__ for base in kind.__mro__} & set(megatron_core.UNCOVERED):
-            raise ModelError(
-                f"the spec has a {kind.__name__}, whose reduce is not covered in this version: use the local layer "
-                "spec, such as get_gpt_layer_local_spec"
-            )
-        mine = [(name, wrap) for owner, name, wrap in wrappers if issubclass(kind, owner)]
-        if mine:
+        uncovered = [base.__name__ for base in kind.__mro__ if base.__name__ in megatron_core.UNCOVERED]
+        if uncovered:
+            raise ModelError(f"a layer of the spec {megatron_core.UNCOVERED[uncovered[0]]}")
+        methods: dict[str, Callable] = {}
+        for owner, name, wrap in wrappers:
+            if issubclass(kind, owner):
+                methods[name] = wrap(methods.get(name, getattr(kind, name)))
+        if methods:
             replaced.append(kind)
-            return _subclass(kind, {name: wrap(getattr(kind, name)) for name, wrap in mine}, _configured(config))
-        return _subclass(kind, {}, _named(config)) if issubclass(kind, compat.LAYERS) else kind
+            return _subclass(kind, methods, _configured(config))
+        return _subclass(kind, {}, _named(config)) if issubclass(kind, compat.LAYERS + compat.MTP_LAYERS) else kind
 
     copied = _rebuilt(spec, swap)
     if not replaced:
@@ -110,14 +116,17 @@ def _configured(config: CommConfig) -> Callable:
 
 def _named(config: CommConfig) -> Callable:
     def after_init(layer: Any) -> None:
-        from megatron_lowbit.patches.megatron_core import Handle
+        from megatron_lowbit.patches import megatron_core
 
-        Handle(config)._hook(layer, mark=False)
-        for name, module in layer.named_modules():
-            if "lowbit_site" in module.__dict__ and "lowbit_config" not in module.__dict__:
+        megatron_core.Handle(config)._hook(layer, mark=False)
+        for path, module in layer.named_modules():
+            site = module.__dict__.get("lowbit_site")
+            if site is None or "lowbit_config" in module.__dict__:
+                continue
+            if sent := [sent for sent in megatron_core._messages(site, module, config) if config.selects(sent)]:
                 raise ModelError(
-                    f"{module.lowbit_site} has a {type(module).__name__} ({name}) that is built without the spec, and "
-                    "would go uncompressed: call enable(config) before building, instead of lowbit_spec"
+                    f"{sent[0]} would go uncompressed: the {type(module).__name__} at {path} is out of the spec's "
+                    "reach. Call enable(config) before building instead of lowbit_spec, or leave it out of sites"
                 )
 
     return after_init

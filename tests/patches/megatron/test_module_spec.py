@@ -8,6 +8,7 @@ import torch
 
 import megatron_lowbit as lowbit
 from tests.calibrations import random_calibration
+from tests.megatron_models import gpt, settings
 from tests.patches.test_megatron_core import HIDDEN, LAYERS, SITES, _build, _logits, _te_row_parallel
 from tests.ranks import run_ranks
 
@@ -81,6 +82,11 @@ def _everything(rank, world):
 
     own = layer()
     own.submodules.mlp.module = OwnMLP
+    scattered = settings(world, sequence_parallel=True)
+    rows_only = lowbit.CommConfig("int6:g32", sites=("layers.*.attention", "layers.*.mlp"))
+    with_experts = lowbit.CommConfig("int6:g32", sites=("layers.*.attention", "layers.*.moe*"))
+    experts = settings(world, num_moe_experts=2, moe_token_dispatcher_type="alltoall", sequence_parallel=True)
+    moe = gpt_layer_specs.get_gpt_layer_local_spec(num_experts=2, moe_grouped_gemm=False, normalization="LayerNorm")
     few = random_calibration(SITES[:3], world, HIDDEN, "1/8")
     calibrated = lowbit.CommConfig("selective4:outliers=1/8", "two-step", calibration=few)
     results["refused"] = [
@@ -90,6 +96,10 @@ def _everything(rank, world):
         _refused(lambda: _model(lowbit_spec(own, CONFIG))),
         _refused(lambda: _model(lowbit_spec(layer(), calibrated))),
         _refused(megatron_core.enable, CONFIG, model),
+        _refused(lowbit_spec, layer(), lowbit.CommConfig("int6:g32", sites=("layers.*", "embedding"))),
+        _refused(lambda: gpt(scattered, lowbit_spec(layer(), CONFIG))),
+        _refused(lambda: gpt(scattered, lowbit_spec(layer(), rows_only))),
+        _refused(lambda: gpt(experts, lowbit_spec(moe, with_experts))),
     ]
     with megatron_core.enable(CONFIG, plain):
         results["refused"].append(_refused(lowbit_spec, layer(), CONFIG))
@@ -123,11 +133,15 @@ def test_specs_nest_in_partials_lists_tuples_and_dicts(ranks):
 def test_what_would_not_be_compressed_is_an_error(ranks):
     expected = [
         "ModelError: no row-parallel layer in the ModuleSpec",
-        "ModelError: the spec has a TERowParallelLinear, whose reduce is not covered in this version",
+        "ModelError: a layer of the spec is a TERowParallelLinear, whose reduce is not covered in this version",
         "ConfigError: config is 'int8': pass a CommConfig",
-        "layers.0.mlp has a RowParallelLinear (mlp.linear_fc2) that is built without the spec",
+        "layers.0.mlp would go uncompressed: the RowParallelLinear at mlp.linear_fc2 is out of the spec's reach",
         "lacks layers.1.mlp",
         "ModelError: layers.0.attention is enabled already",
+        "ConfigError: embedding is not part of a layer's spec",
+        "layers.0.attention.gather would go uncompressed: the ColumnParallelLinear at self_attention.linear_qkv is out",
+        "no error",
+        "layers.0.moe.dispatch would go uncompressed: the MoELayer at mlp is out",
         "ConfigError: low-bit communication is enabled already: leave out lowbit_spec",
     ]
     for rank in ranks:
