@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from ..engines.megatron_flags import Layout
 
 HELP = "convert a Hugging Face model into a Megatron-LM checkpoint, or back"
-DESCRIPTION = """Write a Megatron-LM checkpoint of a Hugging Face model, one file per rank, then read every tensor back and
-compare it with the model's, bit for bit. Prints the flags with which Megatron-LM's scripts load it, which are also in
-MEGATRON/megatron_args.txt. Llama, Mistral, Mixtral, Qwen2, Qwen3 and Gemma 2."""
+DESCRIPTION = """Write a Megatron-LM checkpoint of a Hugging Face model, one file per rank, then read every tensor back
+and compare it with the model's, bit for bit. Prints the flags with which Megatron-LM's scripts load it, which are also
+in MEGATRON/megatron_args.txt. Llama, Mistral, Mixtral, Qwen2, Qwen3 and Gemma 2."""
 EXAMPLES = """examples:
   megatron-lowbit convert --hf ~/models/Llama-3.1-8B --megatron ~/models/llama-tp4 --tp 4
   torchrun --nproc-per-node 4 gpt_static_inference.py $(cat ~/models/llama-tp4/megatron_args.txt) --prompts "Hello"
