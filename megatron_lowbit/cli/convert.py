@@ -91,6 +91,8 @@ def check(arguments: argparse.Namespace) -> Job:
             raise ConfigError(f"--{name} is read from the checkpoint: leave it out with {mode}")
         if arguments.reverse:
             _check_target(hf, "--hf", arguments.force)
+            if hf.is_dir() and any(hf.glob("*.safetensors*")):
+                raise ConfigError(f"--hf {hf} holds weights already: remove them, or give another folder")
         elif arguments.force:
             raise ConfigError("--force is for writing: leave it out with --check")
         return Job(hf, megatron, arguments.reverse, None)
