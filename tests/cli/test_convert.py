@@ -132,7 +132,7 @@ WRITE = ["--hf", MODEL, "--megatron", "{tmp}/out"]
         (["--hf", MODEL, "--megatron", "{tmp}/a b", "--tp", "2"], "would split its path at spaces"),
         (["--hf", "{tmp}/none", "--megatron", "{tmp}/out", "--tp", "2"], "none does not exist"),
         (["--hf", "{tmp}/file", "--megatron", "{tmp}/out", "--tp", "2"], "file is a file; give the folder"),
-        (["--hf", "{tmp}/bert", "--megatron", "{tmp}/out", "--tp", "2"], "model_type 'bert' is not supported; supported"),
+        (["--hf", "{tmp}/bert", "--megatron", "{tmp}/out", "--tp", "2"], "model_type 'bert' is not supported"),
         (["--hf", "{tmp}/full", "--megatron", "{tmp}/out", "--reverse"], "full is not empty"),
         (["--hf", MODEL, "--megatron", "{tmp}/out", "--reverse", "--force"], "holds weights already: remove them"),
     ],
