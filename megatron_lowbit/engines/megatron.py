@@ -110,7 +110,7 @@ def _controller_class() -> type:
 
 
 class MegatronEngine:
-    """A Hugging Face Llama folder run by Megatron-Core over the ranks of an initialised `torch.distributed`.
+    """A Hugging Face folder run by Megatron-Core over the ranks of an initialised `torch.distributed`.
 
     `tp` defaults to all ranks, `dtype` to the checkpoint's; the device is the current CUDA device or the CPU. Every
     rank must make the engine and call its methods alike. Attributes: `model` (a `GPTModel`), `tokenizer` (of Hugging
