@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 
 import torch
@@ -15,7 +16,9 @@ def _known(*names: str) -> tuple[type, ...]:
     for name in names:
         module, _, kind = name.partition(":")
         try:
-            found.append(getattr(import_module(f"megatron.core.{module}"), kind))
+            with warnings.catch_warnings():  # of the norms that models would have with Apex; those in use say so again
+                warnings.simplefilter("ignore", UserWarning)
+                found.append(getattr(import_module(f"megatron.core.{module}"), kind))
         except (ImportError, AttributeError):  # of another release, or of packages that are not here
             continue
     return tuple(found)

@@ -224,7 +224,7 @@ def test_engine_prints_nothing(found):
         ("three ranks", "ConfigError: TP=4 does not divide the 2 ranks; start a multiple of 4 ranks"),
         (
             "uneven",
-            "ModelError: TP=3 does not divide 8 attention heads and 4 key-value heads; possible TP sizes: 1, 2, 4",
+            "ModelError: TP=3 does not divide 8 attention heads; possible TP sizes: 1, 2, 4, 8",
         ),
         ("other TP", "ConfigError: TP=2 was asked for but Megatron already runs TP=1; use 1"),
         (

@@ -9,7 +9,7 @@ import torch
 import megatron_lowbit as lowbit
 from tests.calibrations import random_calibration
 from tests.megatron_models import gpt, settings
-from tests.patches.test_megatron_core import HIDDEN, LAYERS, SITES, _build, _logits, _te_row_parallel
+from tests.patches.test_megatron_core import HIDDEN, LAYERS, SITES, _build, _logits, _uncovered
 from tests.ranks import run_ranks
 
 CONFIG = lowbit.CommConfig(spec="int6:g32", algorithm="one-shot")
@@ -91,7 +91,7 @@ def _everything(rank, world):
     calibrated = lowbit.CommConfig("selective4:outliers=1/8", "two-step", calibration=few)
     results["refused"] = [
         _refused(lowbit_spec, ModuleSpec(torch.nn.Linear), CONFIG),
-        _refused(lowbit_spec, layer(_te_row_parallel()), CONFIG),
+        _refused(lowbit_spec, layer(_uncovered()), CONFIG),
         _refused(lowbit_spec, layer(), "int8"),
         _refused(lambda: _model(lowbit_spec(own, CONFIG))),
         _refused(lambda: _model(lowbit_spec(layer(), calibrated))),
@@ -133,7 +133,7 @@ def test_specs_nest_in_partials_lists_tuples_and_dicts(ranks):
 def test_what_would_not_be_compressed_is_an_error(ranks):
     expected = [
         "ModelError: no row-parallel layer in the ModuleSpec",
-        "ModelError: a layer of the spec is a TERowParallelLinear, whose reduce is not covered in this version",
+        "ModelError: a layer of the spec is a TEFusedMLP, which reduces among Transformer Engine's fused operations",
         "ConfigError: config is 'int8': pass a CommConfig",
         "layers.0.mlp would go uncompressed: the RowParallelLinear at mlp.linear_fc2 is out of the spec's reach",
         "lacks layers.1.mlp",
