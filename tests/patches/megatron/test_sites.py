@@ -154,6 +154,7 @@ def _loss(model):
 MLA_GATHERS = [f"attention.{name}.gather" for name in ("kv_down_proj", "kv_up_proj", "q_down_proj", "q_up_proj")]
 T5 = ["encoder.layers.0.attention", "encoder.layers.0.mlp", "layers.0.attention", "layers.0.mlp"]
 CASES = {
+    "one group of keys": (lambda: gpt(settings(WORLD, num_query_groups=1)), logits, _parts("layers.0", "layers.1")),
     "MLA": (_mla, logits, _parts("layers.0", "layers.1")),
     "MLA, sequence parallel": (
         lambda: _mla(True),
