@@ -130,9 +130,9 @@ class Linear(_Module):
 
 
 class RMSNorm(torch.nn.Module):
-    def __init__(self, hidden_size, eps=1e-5, sequence_parallel=False, **_):
+    def __init__(self, normalized_shape=None, eps=1e-5, sequence_parallel=None, hidden_size=None, **_):
         super().__init__()
-        self.weight, self.eps = torch.nn.Parameter(torch.ones(hidden_size)), eps
+        self.weight, self.eps = torch.nn.Parameter(torch.ones(normalized_shape or hidden_size)), eps
 
     def forward(self, x):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
@@ -187,7 +187,9 @@ def install() -> None:
     _module("transformer_engine.pytorch", Linear=Linear, LayerNormLinear=LayerNormLinear, RMSNorm=RMSNorm, **unused)
     _module("transformer_engine.pytorch.ops", **{name: type(name, (_Unused,), {}) for name in names})
     state = SimpleNamespace(is_fp8_enabled=lambda: False)
-    _module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=state, fp8_autocast=_autocast)
+    _module(
+        "transformer_engine.pytorch.fp8", FP8GlobalStateManager=state, fp8_autocast=_autocast, fp8_model_init=_autocast
+    )
     _module(
         "transformer_engine.pytorch.distributed",
         CudaRNGStatesTracker=type("CudaRNGStatesTracker", (), {}),
