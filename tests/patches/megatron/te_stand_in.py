@@ -179,7 +179,7 @@ def install() -> None:
     """Put the package into sys.modules. Megatron must not have been imported."""
     assert "megatron.core" not in sys.modules
     unused = {name: type(name, (_Unused,), {}) for name in ("GroupedLinear", "DotProductAttention", "LayerNorm")}
-    names = ("Sequential", "FusibleOperation", "BasicLinear", "Bias", "AllReduce", "ReduceScatter")
+    names = "Sequential FusibleOperation BasicLinear Bias AllReduce ReduceScatter GELU GEGLU ReLU ReGLU SwiGLU".split()
     collectives = (gather_along_first_dim, reduce_scatter_along_first_dim, allreduce)
     _module("transformer_engine", __version__=VERSION)
     _module("transformer_engine.common")

@@ -205,6 +205,12 @@ def _refused(x):
             except lowbit.ModelError as error:
                 messages.append(str(error))
         layer.mlp.token_dispatcher = mine
+    layer = build_layer(**ALLTOALL, **WITH_SHARED)
+    layer.mlp.shared_experts.__class__ = type("FusedSharedExpertMLP", (type(layer.mlp.shared_experts),), {})
+    try:
+        megatron_core.enable(lowbit.CommConfig(SPEC), layer)
+    except lowbit.ModelError as error:
+        messages.append(str(error))
     return messages
 
 
@@ -316,13 +322,14 @@ def test_a_calibration_of_other_ranks_leaves_unselected_experts_alone(two_ranks)
         assert same and fallbacks == {site: {"site not selected": 1} for site in (DISPATCH, COMBINE)}
 
 
-def test_other_dispatchers_are_refused_by_name(two_ranks):
+def test_what_communicates_elsewhere_is_refused_by_name(two_ranks):
+    names = ["MoEFlexTokenDispatcher"] * 2 + ["NVLSAllGatherVDispatcher"] * 2
     for rank in two_ranks:
-        for message, name in zip(
-            rank["refused"], ["MoEFlexTokenDispatcher"] * 2 + ["NVLSAllGatherVDispatcher"] * 2, strict=True
-        ):
+        *dispatchers, shared = rank["refused"]
+        for message, name in zip(dispatchers, names, strict=True):
             assert message.startswith(f"layers.0.moe has a {name}, which communicates where this patch cannot reach")
             assert "--moe-token-dispatcher-type alltoall" in message
+        assert shared.startswith(f"{SHARED} is a FusedSharedExpertMLP, which reduces around Transformer Engine")
 
 
 def test_training_has_exact_gradients_and_counts(two_ranks):
