@@ -8,14 +8,16 @@ import sys
 import traceback
 
 from . import __version__
-from .cli import calibrate, generate
+from .cli import calibrate, convert, generate, run
 from .errors import ConfigError, LowBitError, ModelError
 
-COMMANDS = {"generate": generate, "calibrate": calibrate}
+COMMANDS = {"generate": generate, "calibrate": calibrate, "convert": convert, "run": run}
 EXAMPLES = """examples:
   megatron-lowbit generate --compare                      the bundled model on 2 ranks, exact against compressed
   megatron-lowbit generate --model DIR --tp 4 --comm int4:g32 --prompt "Once upon a time"
   megatron-lowbit calibrate --model DIR --tp 4 --text FILE --out model-tp4.safetensors
+  megatron-lowbit convert --hf DIR --megatron DIR --tp 4  a checkpoint for Megatron-LM's own scripts
+  torchrun --nproc-per-node 2 -m megatron_lowbit run SCRIPT --lowbit-comm int8:g128 …   an unedited Megatron script
   megatron-lowbit COMMAND --help                          all options of a command
 """
 

@@ -6,7 +6,7 @@
 
 The first `enable` wraps the methods that `LAYERS` name, the last `disable` puts the originals back. In between a
 wrapped method asks which configuration holds for its module (megatron/hooks.py). The integer reduces of the MoE router
-and the embedding's reduce do not pass here and stay exact.
+do not pass here; the embedding's reduce and the logits' gather stay exact unless `sites` names them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,27 @@ from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
 
 try:
-    from .megatron import compat, hooks, inference_layers, moe, row_parallel, sites, transformer_engine
+    from .megatron import (
+        compat,
+        hooks,
+        inference_layers,
+        moe,
+        row_parallel,
+        sequence_parallel,
+        sites,
+        transformer_engine,
+        vocab_parallel,
+    )
+    from .megatron.module_spec import lowbit_spec
 except ImportError as error:
     raise ModelError(f"Megatron-Core cannot be imported ({error}): pip install 'megatron-lowbit[megatron]'") from error
 from ._replacements import Replacements
+from .megatron.arguments import add_lowbit_args, enable_from_args
 
-LAYERS = (row_parallel, moe, transformer_engine, inference_layers)
+__all__ = ["Handle", "add_lowbit_args", "enable", "enable_from_args", "lowbit_spec"]
+
+LAYERS = (row_parallel, sequence_parallel, vocab_parallel, moe, transformer_engine, inference_layers)
 # Classes that reduce where this patch cannot reach, and what to do about them.
-_LOCAL = (
-    "whose reduce is not covered in this version: build the model with the local layer spec (--transformer-impl local)"
-)
 UNCOVERED = {
     "TEFusedMLP": "which reduces among Transformer Engine's fused operations: leave out use_te_op_fuser",
 }
@@ -41,10 +52,12 @@ class Handle:
     def __init__(self, config: CommConfig) -> None:
         self.config = config
         self.sites: list[str] = []  # hooked so far; grows while models are built under a process-wide enable
+        self._counted: set[str] = set()  # the same, to look up at every call
         self._modules: list[torch.nn.Module] = []
 
     def count(self, site: str) -> None:
-        if site not in self.sites:
+        if site not in self._counted:
+            self._counted.add(site)
             self.sites.append(site)
 
     def disable(self) -> None:
@@ -80,8 +93,7 @@ class Handle:
         found = [(site, module, _messages(site, module, self.config)) for site, module in sites.named(model)]
         found = [row for row in found if row[-1]]
         if self.config.calibrated:  # at once, and not in the middle of a forward
-            messages = [message for *_, sent in found for message in sent]
-            self.config.calibrated.check(sites=[message for message in messages if self.config.selects(message)])
+            _check_calibrated(self.config, [message for *_, sent in found for message in sent])
         for site, module, sent in found:
             if mark and "lowbit_config" in module.__dict__:
                 raise ModelError(f"{site} is enabled already: disable the earlier handle first")
@@ -142,15 +154,39 @@ def _messages(site: str, module: torch.nn.Module, config: CommConfig) -> list[st
     return sent
 
 
+def _check_calibrated(config: CommConfig, messages: list[str]) -> None:
+    """Raise ConfigError if the calibration does not know what will be sent."""
+    messages = [message for message in messages if config.selects(message)]
+    gathers = [message for message in messages if message.endswith((sequence_parallel.GATHER, sites.LOGITS))]
+    if config.legs.gather.calibrated:
+        if unknown := [message for message in gathers if message not in config.calibrated.sites]:
+            raise ConfigError(
+                f"{config.calibrated.name} lacks {unknown[0]}: calibrations are of sums and say nothing about what is "
+                "gathered. Leave the gathers exact with CommConfig(sites=('layers.*.attention', 'layers.*.mlp')), or "
+                "give them a codec that needs none, as in 'selective4/int8'"
+            )
+        for message in gathers:
+            config.calibrated.statistics(message, "gather")
+    config.calibrated.check(sites=[message for message in messages if message not in gathers])
+
+
 def _naming() -> list[tuple]:
-    """Layers that are built under a process-wide enable are named as soon as they stand."""
+    """Models and layers that are built under a process-wide enable are named as soon as the outermost of them stands.
+
+    Only then is it known whether a layer is an encoder's, a decoder's or an MTP layer's.
+    """
+    building = []
 
     def wrapper(base):
         def init(self, *args, **kwargs):
-            base(self, *args, **kwargs)
-            if hooks.process_wide is not None:
+            building.append(self)
+            try:
+                base(self, *args, **kwargs)
+            finally:
+                building.pop()
+            if hooks.process_wide is not None and not building:
                 hooks.process_wide._hook(self, mark=False)
 
         return init
 
-    return [(layer, "__init__", wrapper) for layer in compat.LAYERS]
+    return [(kind, "__init__", wrapper) for kind in compat.MODELS + compat.MTP_LAYERS + compat.LAYERS]

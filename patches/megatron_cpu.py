@@ -4,11 +4,19 @@ Megatron-Core 0.16 asks `torch.cuda` for the current device, for timing events, 
 when every tensor lives on the CPU. `enable()` answers those calls; where CUDA exists it changes nothing. What it cannot
 cure, the caller must: build with `use_cpu_initialization=True` and an inference RNG tracker, and pass an attention mask
 (Megatron makes its default causal mask on "cuda").
+
+`enable_training()` does more, so that scripts that start with `megatron.training` run as they are: it is for
+development only, and what the launcher (`megatron-lowbit run`) calls. Such a script still has to be given options that
+a CPU can serve, see docs/megatron.md.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -74,7 +82,8 @@ class _Stream:
 
 
 _stream = _Stream()
-_handle = Handle()
+FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros")
+_handle, _training = Handle(), Handle()
 
 
 def enable() -> Handle:
@@ -92,3 +101,60 @@ def enable() -> Handle:
         _handle._replacements.set(torch.cuda, "stream", lambda stream: nullcontext())
         _handle._replacements.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     return _handle
+
+
+def enable_training() -> Handle:
+    """`enable()`, and what initialising, building and loading with `megatron.training` asks of CUDA. -> its own handle.
+
+    Tensors meant for "cuda" are made on the CPU, one device is reported, nothing is compiled. Call it before the script
+    imports Megatron. Where CUDA exists, nothing is replaced; without Megatron-LM only torch is.
+    """
+    enable()
+    if not torch.cuda.is_available() and not _training.active:
+        put = _training._replacements.set
+        for name in FACTORIES:
+            put(torch, name, _on_cpu(getattr(torch, name)))
+        put(torch.Tensor, "to", _on_cpu(torch.Tensor.to))
+        put(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
+        put(torch.cuda, "device_count", lambda: 1)
+        put(torch.cuda, "set_device", lambda device: None)
+        put(torch.cuda, "memory_stats", lambda device=None: defaultdict(int))
+        put(torch.cuda, "reset_peak_memory_stats", lambda device=None: None)
+        put(torch.cuda, "LongTensor", torch.LongTensor)
+        for name in ("range_push", "range_pop"):
+            put(torch.cuda.nvtx, name, lambda *args: None)
+        try:
+            from megatron.training import arguments, initialize
+        except ImportError:
+            return _training
+        import megatron.training
+
+        allowed = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+        for module in (megatron.training, initialize):
+            if hasattr(module, "initialize_megatron"):
+                put(module, "initialize_megatron", allowed)
+        put(initialize, "_compile_dependencies", lambda: None)
+        if hasattr(arguments, "get_device_arch_version"):
+            put(arguments, "get_device_arch_version", lambda: 0)
+        from megatron.core.inference.contexts import dynamic_context
+
+        if hasattr(dynamic_context, "triton_append_key_value_cache"):  # refuses CPU tensors, beside a plain one
+            put(dynamic_context, "triton_append_key_value_cache", None)
+        for name in ("megatron.core.inference.communication_utils", "megatron.inference.text_generation.communication"):
+            with suppress(ImportError):  # releases have one or both of them
+                put(import_module(name), "_is_cuda", lambda tensor: None)
+    return _training
+
+
+def _on_cpu(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("pin_memory", None)
+        return function(*map(_moved, args), **{name: _moved(value) for name, value in kwargs.items()})
+
+    return on_cpu
+
+
+def _moved(value: Any) -> Any:
+    device = isinstance(value, str | torch.device) and str(value).partition(":")[0] == "cuda"
+    return torch.device("cpu") if device else value

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
 
-from .hf_llama import Checkpoint, expected_tensors, read_config
+from .hf_model import Checkpoint, ModelConfig, read_config
+from .weights import expected_tensors
 
 
 def fingerprint(folder: str | Path) -> str:
-    """SHA-256 over the architecture and a sample of every tensor of a Hugging Face Llama folder.
+    """SHA-256 over the architecture and a sample of every tensor of a Hugging Face model folder.
 
     The architecture is what `read_config` makes of config.json, in whichever spelling. The sample is a matrix's middle
     row and all of a vector, with name, dtype and shape: some 10 MB of a 70 B model, so it takes a moment.
@@ -24,10 +25,16 @@ def fingerprint(folder: str | Path) -> str:
     """
     config = read_config(folder)
     checkpoint = Checkpoint(folder, config)
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_architecture(config), sort_keys=True).encode())
     for name, shape in sorted(expected_tensors(config).items()):
-        rows = shape[0] if len(shape) > 1 else 1
-        sample = checkpoint.read(name, part=rows // 2, parts=rows)
+        middle = (shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else (0, None)
+        sample = checkpoint.read(name, *middle)
         digest.update(f"\n{name} {sample.dtype} {shape}\n".encode())
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _architecture(config: ModelConfig) -> dict[str, object]:
+    """The fields that say something: one that was added later, and is as it always was, leaves old names valid."""
+    said = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {f.name: said[f.name] for f in fields(config) if f.default is MISSING or said[f.name] != f.default}

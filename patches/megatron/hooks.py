@@ -6,6 +6,7 @@ Two attributes of modules say so: `lowbit_site` stays once it is known, as it on
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,16 @@ def config_of(module: torch.nn.Module) -> CommConfig | None:
 def site_of(module: torch.nn.Module, unnamed: str = UNNAMED, suffix: str = "") -> str:
     """The module's site with `suffix`, counted as hooked under a process-wide enable if it was not yet."""
     site = module.__dict__.get("lowbit_site", unnamed) + suffix
+    count(module, site)
+    return site
+
+
+def count(module: torch.nn.Module, site: str) -> None:
+    """Note `site` as hooked if it is the process-wide configuration that holds for the module."""
     if process_wide is not None and "lowbit_config" not in module.__dict__:
         process_wide.count(site)
-    return site
+
+
+def asks_for(config: CommConfig, site: str) -> bool:
+    """Whether `sites` names this one by more than a wildcard at its beginning: "*" speaks of layers alone."""
+    return any(fnmatchcase(site, pattern) and pattern[:1] not in "*?[" for pattern in config.sites or ())

@@ -39,7 +39,8 @@ def _build(tp, bias=False, row=None):
     )
     spec = get_gpt_layer_local_spec(normalization="LayerNorm")
     if row is not None:
-        spec.submodules.mlp.submodules.linear_fc2 = row
+        mlp = spec.submodules.mlp  # from 0.18 on a functools.partial
+        (mlp.keywords["submodules"] if hasattr(mlp, "keywords") else mlp.submodules).linear_fc2 = row
     model = GPTModel(config, spec, vocab_size=96, max_sequence_length=32, position_embedding_type="rope").eval()
     rank = parallel_state.get_tensor_model_parallel_rank()
     for index, (_, parameter) in enumerate(model.named_parameters()):
@@ -65,9 +66,9 @@ def _record_partials(model, spec, algorithm, calibration=None, sites=()):
 
     original = layers.reduce_from_tensor_model_parallel_region
 
-    def simulated(x, group=None):
+    def simulated(x, **group):  # no group before 0.14
         if x.shape[1] == 7:  # the embedding's [batch, sequence, hidden]; the layers' are [sequence, batch, hidden]
-            return original(x, group=group)
+            return original(x, **group)
         partials = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(partials, x.contiguous())
         return lowbit.simulate.all_reduce(partials, spec, algorithm, calibration, next(order, None))

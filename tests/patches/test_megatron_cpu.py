@@ -60,3 +60,36 @@ def test_idle_where_cuda_exists(before, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not megatron_cpu.enable().active
     assert snapshot() == before
+
+
+TRAINING = [
+    *((torch, name) for name in megatron_cpu.FACTORIES), (torch.Tensor, "to"), (torch.nn.Module, "cuda"),
+    *((torch.cuda, name) for name in ("device_count", "set_device", "memory_stats")),
+]  # fmt: skip
+
+
+def training_snapshot():
+    return [(getattr(owner, name), name in vars(owner)) for owner, name in TRAINING]
+
+
+@without_cuda
+def test_training_makes_tensors_meant_for_cuda_on_the_cpu(before):
+    originals = training_snapshot()
+    handle = megatron_cpu.enable_training()
+    assert handle.active and megatron_cpu.enable_training() is handle and torch.cuda.device_count() == 1
+    made = [torch.tensor([1], device="cuda"), torch.ones(2, device=torch.device("cuda", 0)), torch.full((2,), 3)]
+    made += [torch.zeros(1).to("cuda:0", torch.float64), torch.zeros(1).to(device="cuda")]
+    assert {x.device.type for x in made} == {"cpu"} and made[3].dtype == torch.float64
+    with pytest.raises(RuntimeError):
+        torch.zeros(1, device="no such device")
+    module = torch.nn.Linear(2, 2)
+    assert module.cuda(0) is module and torch.cuda.memory_stats()["allocated_bytes.all.peak"] == 0
+    handle.disable()
+    assert training_snapshot() == originals and not handle.active
+
+
+def test_training_is_idle_where_cuda_exists(before, monkeypatch):
+    originals = training_snapshot()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not megatron_cpu.enable_training().active
+    assert training_snapshot() == originals

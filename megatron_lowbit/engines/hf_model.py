@@ -1,4 +1,4 @@
-"""A Hugging Face Llama folder as it lies on disk: its config and its safetensors, checked before anything is built.
+"""A Hugging Face model folder as it lies on disk: its config and its safetensors, checked before anything is built.
 
 Tensors are read slice by slice, so a rank reads only its own part; nothing is ever unpickled.
 """
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
+from .families import FAMILIES, Family
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ROPE_NUMBERS = {  # rope type: the numbers config.json must give with it
@@ -22,7 +23,6 @@ ROPE_NUMBERS = {  # rope type: the numbers config.json must give with it
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-
 
 INTEGERS = (
     "num_hidden_layers",
@@ -33,16 +33,20 @@ INTEGERS = (
     "head_dim",
     "vocab_size",
     "max_position_embeddings",
+    "sliding_window",
+    "num_local_experts",
+    "num_experts_per_tok",
 )
+REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
-    """The parts of a Llama `config.json` that shape the model."""
+class ModelConfig:
+    """The parts of a `config.json` that shape the model. Fields with defaults came after fingerprints were made."""
 
     layers: int
     hidden: int
-    intermediate: int
+    intermediate: int  # of each expert, where there are experts
     heads: int
     kv_heads: int
     head_dim: int
@@ -50,11 +54,33 @@ class LlamaConfig:
     max_positions: int
     norm_eps: float
     tied: bool
-    attention_bias: bool
+    attention_bias: bool  # of queries, keys, values and the output
     mlp_bias: bool
     rope_theta: float
     rope_type: str
     rope: dict[str, float]
+    model_type: str = "llama"
+    windows: tuple[int | None, ...] = ()  # per layer: how many tokens a query sees, itself included; (): all see all
+    experts: int = 0
+    experts_per_token: int = 0
+    query_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    attention_cap: float | None = None  # scores become cap * tanh(scores / cap)
+    logit_cap: float | None = None
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def sites(self) -> list[str]:
+        """Where ranks reduce partial sums, in the order of the forward pass."""
+        kinds = ("attention", "moe" if self.experts else "mlp")
+        return [f"layers.{layer}.{kind}" for layer in range(self.layers) for kind in kinds]
+
+    @property
+    def needs_own_layers(self) -> bool:
+        """Whether Megatron's local layers lack something that the model has: see `megatron_layers.py`."""
+        return bool(self.windows or self.family.gemma)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -68,10 +94,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(folder: str | Path) -> LlamaConfig:
+def read_config(folder: str | Path) -> ModelConfig:
     """Reads and checks `config.json`, in the spelling of Transformers 4 or 5.
 
-    Raises `ModelError` when the folder or the file is missing, or the model is not a Llama this loader can build.
+    Raises `ModelError` when the folder or the file is missing, or the model is of no known family (families.py).
     """
     folder = Path(folder)
     if folder.is_file():
@@ -82,12 +108,19 @@ def read_config(folder: str | Path) -> LlamaConfig:
     if not path.is_file():
         raise ModelError(f"{folder} has no config.json; give the folder of a Hugging Face model")
     raw = read_json(path)
-    if raw.get("model_type") != "llama":
-        raise ModelError(f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: 'llama'")
+    family = FAMILIES.get(raw.get("model_type"))
+    if family is None:
+        raise ModelError(
+            f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    raw = {**family.defaults, **raw}
     if raw.get("quantization_config"):
         raise ModelError(f"{path}: quantized weights are not supported; use an fp32, fp16 or bf16 checkpoint")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported; supported: 'silu'")
+    activation = raw.get("hidden_activation") or raw.get("hidden_act") or family.activation
+    if activation != family.activation:
+        raise ModelError(
+            f"{path}: hidden_act {activation!r} is not supported for a {family.title}; supported: {family.activation!r}"
+        )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ModelError(
@@ -104,9 +137,20 @@ def read_config(folder: str | Path) -> LlamaConfig:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE_NUMBERS:
         raise ModelError(f"{path}: rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_NUMBERS)}")
+    if raw.get("use_bidirectional_attention"):
+        raise ModelError(f"{path}: use_bidirectional_attention is not supported; use a model that generates text")
+    if family.experts and raw["num_experts_per_tok"] == 1:  # Megatron would weigh it by its share of all experts
+        raise ModelError(f"{path}: num_experts_per_tok is 1; a {family.title} needs at least 2 here")
+    if missing := [name for name in REQUIRED if raw.get(name) is None]:
+        raise ModelError(f"{path} lacks {missing[0]!r}; download the model again")
+    heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+    if heads % (raw.get("num_key_value_heads") or heads):
+        raise ModelError(
+            f"{path}: num_key_value_heads {raw['num_key_value_heads']} does not divide num_attention_heads {heads}; "
+            "download the model again"
+        )
     try:
-        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-        return LlamaConfig(
+        return ModelConfig(
             layers=raw["num_hidden_layers"],
             hidden=hidden,
             intermediate=raw["intermediate_size"],
@@ -122,6 +166,13 @@ def read_config(folder: str | Path) -> LlamaConfig:
             rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
             rope_type=rope_type,
             rope={name: float(rope[name]) for name in ROPE_NUMBERS[rope_type]},
+            model_type=raw["model_type"],
+            windows=_windows(raw, family),
+            experts=raw["num_local_experts"] if family.experts else 0,
+            experts_per_token=raw["num_experts_per_tok"] if family.experts else 0,
+            query_scale=float(raw["query_pre_attn_scalar"]) ** -0.5 if family.gemma else None,
+            attention_cap=raw["attn_logit_softcapping"] if family.gemma else None,
+            logit_cap=raw["final_logit_softcapping"] if family.gemma else None,
         )
     except KeyError as error:
         raise ModelError(f"{path} lacks {error}; download the model again") from error
@@ -129,42 +180,34 @@ def read_config(folder: str | Path) -> LlamaConfig:
         raise ModelError(f"{path} holds a value of the wrong kind ({error}); download the model again") from error
 
 
-def check_tensor_parallel(config: LlamaConfig, tp: int) -> None:
-    """Raises `ModelError` unless `tp` ranks can share the heads, key-value heads and intermediate features evenly."""
-    sizes = {
-        "attention heads": config.heads,
-        "key-value heads": config.kv_heads,
-        "intermediate features": config.intermediate,
-    }
+def _windows(raw: dict[str, Any], family: Family) -> tuple[int | None, ...]:
+    """Per layer how many tokens a query sees; () if no window is shorter than the positions."""
+    window, layers = raw.get("sliding_window"), raw["num_hidden_layers"]
+    if family.windowed is None or not window or window >= raw.get("max_position_embeddings", 2048):
+        return ()
+    kinds = raw.get("layer_types")
+    if kinds is not None and len(kinds) != layers:
+        raise ValueError(f"layer_types names {len(kinds)} layers, num_hidden_layers {layers}")
+    slides = [kinds[i] == "sliding_attention" if kinds else family.windowed(raw, i) for i in range(layers)]
+    return tuple(window if each else None for each in slides) if any(slides) else ()
+
+
+def query_groups(config: ModelConfig, tp: int) -> int:
+    """Key-value heads after as many copies of each as let every rank hold its own."""
+    return math.lcm(config.kv_heads, tp)
+
+
+def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
+    """Raises `ModelError` unless `tp` ranks can share the heads and intermediate features evenly.
+
+    Key-value heads that are fewer than the ranks, or do not divide evenly, are copied: see `query_groups`.
+    """
+    sizes = {"attention heads": config.heads, "intermediate features": config.intermediate}
     uneven = [f"{size} {what}" for what, size in sizes.items() if tp < 1 or size % tp]
     if uneven:
         common = math.gcd(*sizes.values())
         possible = [str(n) for n in range(1, common + 1) if common % n == 0]
         raise ModelError(f"TP={tp} does not divide {' and '.join(uneven)}; possible TP sizes: {', '.join(possible)}")
-
-
-def expected_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor the checkpoint must hold."""
-    hidden, queries, keys = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    linears = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (config.intermediate, hidden),
-        "mlp.up_proj": (config.intermediate, hidden),
-        "mlp.down_proj": (hidden, config.intermediate),
-    }
-    tensors = {"model.embed_tokens.weight": (config.vocab, hidden), "model.norm.weight": (hidden,)}
-    if not config.tied:
-        tensors["lm_head.weight"] = (config.vocab, hidden)
-    for layer in (f"model.layers.{i}" for i in range(config.layers)):
-        tensors |= {f"{layer}.{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        for name, shape in linears.items():
-            tensors[f"{layer}.{name}.weight"] = shape
-            if config.attention_bias if name.startswith("self_attn") else config.mlp_bias:
-                tensors[f"{layer}.{name}.bias"] = shape[:1]
-    return tensors
 
 
 class Checkpoint:
@@ -173,7 +216,7 @@ class Checkpoint:
     Raises `ModelError` when there are none, or when they are not the tensors that `config` asks for.
     """
 
-    def __init__(self, folder: str | Path, config: LlamaConfig) -> None:
+    def __init__(self, folder: str | Path, config: ModelConfig) -> None:
         folder = Path(folder)
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.is_file():
@@ -192,14 +235,19 @@ class Checkpoint:
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"{file} is not a readable safetensors file ({error}); download it again") from error
             self._files |= dict.fromkeys(opened.keys(), opened)
+        from .weights import expected_tensors
+
         self._check(expected_tensors(config), config)
 
-    def _check(self, expected: dict[str, tuple[int, ...]], config: LlamaConfig) -> None:
+    def _check(self, expected: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
         if missing := [name for name in expected if name not in self._files]:
             raise ModelError(f"{self.folder} lacks {_some(missing)}; download the model again")
         harmless = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if config.tied else ())
         if unknown := [name for name in self._files if name not in expected and not name.endswith(harmless)]:
-            raise ModelError(f"{self.folder} holds {_some(unknown)}, which a Llama with its config.json does not have")
+            raise ModelError(
+                f"{self.folder} holds {_some(unknown)}, which a {config.family.title} with its "
+                "config.json does not have"
+            )
         for name, shape in expected.items():
             found = tuple(self._files[name].get_slice(name).get_shape())
             if found != shape:
@@ -213,12 +261,11 @@ class Checkpoint:
             raise ModelError(f"{self.folder}: weights are {name}; supported: {', '.join(DTYPES)}")
         return DTYPES[name]
 
-    def read(self, name: str, dim: int = 0, part: int = 0, parts: int = 1) -> torch.Tensor:
-        """Part `part` of `parts` of a tensor along `dim`, rounded up: the last parts may be shorter, or empty."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, dim: int = 0) -> torch.Tensor:
+        """Rows (or, with dim=1, columns) `start` to `stop` of a tensor; fewer, or none, where it ends before."""
         tensor = self._files[name].get_slice(name)
         size = tensor.get_shape()[dim]
-        step = -(-size // parts)
-        span = slice(min(part * step, size), min((part + 1) * step, size))
+        span = slice(min(start, size), size if stop is None else min(stop, size))
         return tensor[span] if dim == 0 else tensor[:, span]
 
 
