@@ -12,6 +12,7 @@ do not pass here; the embedding's reduce and the logits' gather stay exact unles
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import wraps
 
 import torch
 
@@ -178,6 +179,7 @@ def _naming() -> list[tuple]:
     building = []
 
     def wrapper(base):
+        @wraps(base)
         def init(self, *args, **kwargs):
             building.append(self)
             try:

@@ -84,6 +84,8 @@ def tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     """[batch, sequence, vocabulary]"""
+    if model.config.sequence_parallel:  # 0.12 does not gather logits then
+        return torch.cat(gathered(model(*tokens())), -1)
     return model(*tokens(), runtime_gather_output=True)
 
 

@@ -9,6 +9,8 @@ Hazard: the flag is set for the duration of one forward, so two threads must not
 
 from __future__ import annotations
 
+from functools import wraps
+
 import torch
 from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -29,6 +31,7 @@ def wrappers() -> list[tuple]:
 
 
 def _forward(base):
+    @wraps(base)
     def forward(self, input_):
         config = config_of(self)
         if config is None or self.explicit_expert_comm or (group := group_of(self)).size() == 1:

@@ -11,6 +11,8 @@ between: other numbers, another message.
 
 from __future__ import annotations
 
+from functools import wraps
+
 import torch
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -44,6 +46,7 @@ def wrappers() -> list[tuple]:
 
 
 def _forward(base):
+    @wraps(base)
     def forward(self, input_, *args, **kwargs):
         if not self.sequence_parallel or self.explicit_expert_comm or (config := config_of(self)) is None:
             return base(self, input_, *args, **kwargs)
@@ -55,6 +58,7 @@ def _forward(base):
 
 
 def _gather_into(base):
+    @wraps(base)
     def gather(buffer, input_, *args, **kwargs):
         if (message := _gathering.take()) is None:
             return base(buffer, input_, *args, **kwargs)
@@ -64,6 +68,7 @@ def _gather_into(base):
 
 
 def _gather_frozen(base):
+    @wraps(base)
     def gather(input_, *args, **kwargs):
         if (message := _gathering.take()) is None:
             return base(input_, *args, **kwargs)

@@ -11,6 +11,8 @@ not say for which model and so follows the process-wide configuration only.
 
 from __future__ import annotations
 
+from functools import wraps
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -51,6 +53,7 @@ def wrappers() -> list[tuple]:
 
 
 def _embed(base):
+    @wraps(base)
     def forward(self, input_):
         config = config_of(self)
         if config is None or not asks_for(config, EMBEDDING) or (group := group_of(self)).size() == 1:
@@ -62,6 +65,7 @@ def _embed(base):
 
 
 def _reduce(base):
+    @wraps(base)
     def reduce(input_, *args, **kwargs):
         if (message := _reducing.take()) is None:
             return base(input_, *args, **kwargs)
@@ -71,6 +75,7 @@ def _reduce(base):
 
 
 def _reduce_scatter(base):
+    @wraps(base)
     def reduce_scatter(input_, *args, **kwargs):
         if (message := _reducing.take()) is None:
             return base(input_, *args, **kwargs)
@@ -84,6 +89,7 @@ def _reduce_scatter(base):
 
 
 def _project(base):
+    @wraps(base)
     def forward(self, input_, weight=None, runtime_gather_output=None):
         gathers = self.gather_output if runtime_gather_output is None else runtime_gather_output
         if not gathers or not (config := config_of(self)) or not asks_for(config, LOGITS) or not _is_output(self):
@@ -100,6 +106,7 @@ def _is_output(module: torch.nn.Module) -> bool:
 
 
 def _gather_outside(base):
+    @wraps(base)
     def gather(input_, *args, **kwargs):
         config = hooks.process_wide and hooks.process_wide.config
         if config is None or not asks_for(config, LOGITS):
