@@ -42,8 +42,7 @@ __all__ = ["Handle", "add_lowbit_args", "enable", "enable_from_args", "lowbit_sp
 LAYERS = (row_parallel, sequence_parallel, vocab_parallel, moe, transformer_engine, inference_layers)
 # Classes that reduce where this patch cannot reach, and what to do about them.
 UNCOVERED = {
-    "TEFusedMLP": "which reduces among Transformer Engine's fused operations: set use_te_op_fuser=False",
-    "FusedSharedExpertMLP": "which reduces by itself: set use_grouped_gemm_for_shared_expert=False",
+    "TEFusedMLP": "which reduces among Transformer Engine's fused operations: leave out use_te_op_fuser",
 }
 _wrapped, _handles = Replacements(), set()
 

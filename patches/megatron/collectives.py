@@ -13,16 +13,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import mappings
 
-from megatron_lowbit.communicator import communicator
+from megatron_lowbit.communicator import Communicator, communicator
 from megatron_lowbit.config import CommConfig
 
 from .straight_through import straight_through
 
 Splits = Iterable[int] | None  # also a tensor or an array
+_EXACT = CommConfig(sites=("",))
 
 
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup, config: CommConfig, site: str) -> torch.Tensor:
-    comm = communicator(group, config)
+    comm = _communicator(group, config, site)
     return straight_through(x, lambda x: comm.all_reduce(x, site), lambda grad: grad)
 
 
@@ -34,7 +35,7 @@ def all_to_all(
     output_splits: Splits = None,
     input_splits: Splits = None,
 ) -> torch.Tensor:
-    comm, outputs, inputs = communicator(group, config), _counts(output_splits), _counts(input_splits)
+    comm, outputs, inputs = _communicator(group, config, site), _counts(output_splits), _counts(input_splits)
     return straight_through(
         x,
         lambda x: comm.all_to_all(x, outputs, inputs, site),
@@ -46,7 +47,7 @@ def all_gather(
     x: torch.Tensor, group: dist.ProcessGroup, config: CommConfig, site: str, splits: Splits = None
 ) -> torch.Tensor:
     """All ranks' rows, in rank order. splits: how many each has, if not as many as this one."""
-    comm, counts = communicator(group, config), _counts(splits)
+    comm, counts = _communicator(group, config, site), _counts(splits)
 
     def gather(x: torch.Tensor) -> torch.Tensor:
         if counts is None or len(set(counts)) == 1:
@@ -67,7 +68,7 @@ def reduce_scatter(
 ) -> torch.Tensor:
     """This rank's rows of the sum. splits: how many each rank keeps, if not all as many. x may be fp64, as the router's
     dtype is lent to sums of experts' outputs, which were of the model's; they travel as fp32 then."""
-    comm, counts = communicator(group, config), _counts(splits)
+    comm, counts = _communicator(group, config, site), _counts(splits)
 
     def scatter(x: torch.Tensor) -> torch.Tensor:
         dtype = x.dtype
@@ -83,6 +84,11 @@ def reduce_scatter(
         scatter,
         lambda grad: mappings.gather_from_sequence_parallel_region(grad, group=group, output_split_sizes=counts),
     )
+
+
+def _communicator(group: dist.ProcessGroup, config: CommConfig, site: str) -> Communicator:
+    """For unselected sites one without a calibration, which would be for another number of ranks than experts'."""
+    return communicator(group, config if config.selects(site) or not config.calibrated else _EXACT)
 
 
 def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:

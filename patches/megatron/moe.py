@@ -34,6 +34,7 @@ from . import collectives
 from .hooks import config_of, site_of
 
 DISPATCH, COMBINE, SHARED = ".dispatch", ".combine", ".shared_experts"
+FUSED = "FusedSharedExpertMLP"  # of newer releases
 UNNAMED = "moe"  # layers that were built before a process-wide enable
 _DISPATCHERS = (token_dispatcher.MoEAllGatherTokenDispatcher, token_dispatcher.MoEAlltoAllTokenDispatcher)
 # What releases have of these: 0.12 sends in the two named *permutation, and its layer has no methods but forward.
@@ -67,11 +68,18 @@ _scope: _Scope | None = None
 def takes(module: torch.nn.Module) -> bool:
     if isinstance(module, MoELayer):
         return module.token_dispatcher.tp_size * module.token_dispatcher.ep_size > 1
-    return isinstance(module, shared_experts.SharedExpertMLP) and module.config.moe_shared_expert_overlap
+    return isinstance(module, shared_experts.SharedExpertMLP) and (
+        module.config.moe_shared_expert_overlap or type(module).__name__ == FUSED
+    )
 
 
 def messages(module: torch.nn.Module, site: str, config: CommConfig) -> list[str]:
     if not isinstance(module, MoELayer):
+        if type(module).__name__ == FUSED and config.selects(site + SHARED):
+            raise ModelError(
+                f"{site + SHARED} is a {FUSED}, which reduces around Transformer Engine's fused operations: leave out "
+                "use_grouped_gemm_for_shared_expert, or leave the site out (--lowbit-comm-sites)"
+            )
         return [site + SHARED]
     sent = [site + DISPATCH, site + COMBINE]
     if _covered(type(module.token_dispatcher)):

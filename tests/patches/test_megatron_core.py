@@ -285,7 +285,7 @@ def test_what_is_not_covered_is_a_loud_error():
         "no RowParallelLinear in an empty list",
         "config is 'int4': pass a CommConfig",
         "disable the earlier handle first",
-        "is a TEFusedMLP, which reduces among Transformer Engine's fused operations: set use_te_op_fuser=False",
+        "is a TEFusedMLP, which reduces among Transformer Engine's fused operations: leave out use_te_op_fuser",
         "RowParallelLinear",
         "no row-parallel layer was built or run under it",
         "no row-parallel layer was built or run under it",

@@ -130,9 +130,9 @@ class Linear(_Module):
 
 
 class RMSNorm(torch.nn.Module):
-    def __init__(self, hidden_size, eps=1e-5, sequence_parallel=False, **_):
+    def __init__(self, normalized_shape=None, eps=1e-5, sequence_parallel=None, hidden_size=None, **_):
         super().__init__()
-        self.weight, self.eps = torch.nn.Parameter(torch.ones(hidden_size)), eps
+        self.weight, self.eps = torch.nn.Parameter(torch.ones(normalized_shape or hidden_size)), eps
 
     def forward(self, x):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
@@ -179,7 +179,7 @@ def install() -> None:
     """Put the package into sys.modules. Megatron must not have been imported."""
     assert "megatron.core" not in sys.modules
     unused = {name: type(name, (_Unused,), {}) for name in ("GroupedLinear", "DotProductAttention", "LayerNorm")}
-    names = ("Sequential", "FusibleOperation", "BasicLinear", "Bias", "AllReduce", "ReduceScatter")
+    names = "Sequential FusibleOperation BasicLinear Bias AllReduce ReduceScatter GELU GEGLU ReLU ReGLU SwiGLU".split()
     collectives = (gather_along_first_dim, reduce_scatter_along_first_dim, allreduce)
     _module("transformer_engine", __version__=VERSION)
     _module("transformer_engine.common")
@@ -187,7 +187,9 @@ def install() -> None:
     _module("transformer_engine.pytorch", Linear=Linear, LayerNormLinear=LayerNormLinear, RMSNorm=RMSNorm, **unused)
     _module("transformer_engine.pytorch.ops", **{name: type(name, (_Unused,), {}) for name in names})
     state = SimpleNamespace(is_fp8_enabled=lambda: False)
-    _module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=state, fp8_autocast=_autocast)
+    _module(
+        "transformer_engine.pytorch.fp8", FP8GlobalStateManager=state, fp8_autocast=_autocast, fp8_model_init=_autocast
+    )
     _module(
         "transformer_engine.pytorch.distributed",
         CudaRNGStatesTracker=type("CudaRNGStatesTracker", (), {}),

@@ -1,7 +1,7 @@
 """inference_optimized layers: Megatron's own, over stand-ins of Transformer Engine and of NVLS, which cannot run here.
 
 The stand-in of symmetric memory is an ordinary tensor and one of torch.distributed's collectives; it answers the calls
-of 0.16.1's tensor_parallel/inference_layers.py, once as where NVLS works (bf16, Hopper) and once as where it does not.
+of 0.16's and of newer releases' tensor_parallel/inference_layers.py, as where NVLS works and as where it does not.
 """
 
 from types import SimpleNamespace
@@ -30,14 +30,14 @@ def _init():
 
 
 def _symmetric_memory(available):
-    """What 0.16.1 asks of CUDA and of symmetric memory."""
+    """What is asked of CUDA and of symmetric memory."""
     import torch.distributed as dist
     from megatron.core.tensor_parallel import inference_layers
 
     def maybe_get_tensor(shape, dtype):
         return {"tensor": torch.empty(shape, dtype=dtype), "handle": dist.group.WORLD if available else None}
 
-    def multimem_all_gather(out, x, group):
+    def multimem_all_gather(out, x, group, **_):
         nvls.append("all-gather")
         dist.all_gather_into_tensor(out, x, group=group)
 
@@ -46,9 +46,14 @@ def _symmetric_memory(available):
         dist.reduce_scatter_tensor(out, x, group=group)
 
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(major=9)
-    inference_layers.get_global_symmetric_memory_buffer = lambda: SimpleNamespace(maybe_get_tensor=maybe_get_tensor)
-    inference_layers.multimem_all_gather = multimem_all_gather
-    inference_layers.multimem_reduce_scatter = multimem_reduce_scatter
+    buffer = SimpleNamespace(maybe_get_tensor=maybe_get_tensor)
+    vars(inference_layers).update(
+        multimem_all_gather=multimem_all_gather,
+        multimem_reduce_scatter=multimem_reduce_scatter,
+        get_global_symmetric_memory_buffer=lambda: buffer,  # 0.16
+        SymmetricMemoryManager=SimpleNamespace(get_buffer=lambda name, process_group: buffer),  # from 0.17 on
+        are_tensors_nvls_eligible=lambda *tensors: available,
+    )
 
 
 def _layer(**options):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import megatron_lowbit as lowbit
+from tests.calibrations import random_calibration
 from tests.patches.megatron.moe_layers import (
     HIDDEN,
     SPEC,
@@ -67,17 +68,19 @@ def _two_ranks(rank, world):
 
 
 @contextmanager
-def _recorded(messages):
+def _recorded(messages, names=None):
     """Record what Megatron's own collectives carry, before and after; bytes are what this package sends."""
     import torch.distributed as dist
     from megatron.core.tensor_parallel import mappings
 
-    def recording(base):
+    def recording(base, name):
         def collective(out, *args, **kwargs):
             given = [x.clone() for x in (out, *args) if isinstance(x, torch.Tensor)]
             done = base(out, *args, **kwargs)
             if out.dtype is not torch.uint8:
                 messages.append([*given[1:], out.clone()])
+                if names is not None:
+                    names.append(f"{name} {out.dtype}")
             return done
 
         return collective
@@ -85,7 +88,7 @@ def _recorded(messages):
     found = [(dist, "all_reduce"), (dist, "all_to_all_single"), (mappings, "dist_all_gather_func")]
     originals = [getattr(owner, name) for owner, name in found]
     for (owner, name), original in zip(found, originals, strict=True):
-        setattr(owner, name, recording(original))
+        setattr(owner, name, recording(original, name))
     try:
         yield
     finally:
@@ -161,6 +164,13 @@ def _routes(x):
             built = build_layer(**ALLTOALL)
             outputs = [built.mlp(x)[0], earlier.mlp(x)[0]]
         results[name] = [*outputs, {site: stats["paths"] for site, stats in lowbit.stats().items()}]
+    known = random_calibration(["layers.0.attention"], 4, HIDDEN, "1/8")  # of 4 ranks, where experts have 2
+    config = lowbit.CommConfig("selective4:outliers=1/8", calibration=known, sites=("*.attention",))
+    lowbit.reset_stats()
+    with megatron_core.enable(config, earlier):
+        out = earlier.mlp(x)[0]
+    fallbacks = {site: stats["fallbacks"] for site, stats in lowbit.stats().items()}
+    results["calibrated"] = [torch.equal(out, earlier.mlp(x)[0]), fallbacks]
     results["expected"] = expected
     results["restored"] = all(getattr(*each) is original for each, original in zip(watched, before, strict=True))
     return results
@@ -195,6 +205,12 @@ def _refused(x):
             except lowbit.ModelError as error:
                 messages.append(str(error))
         layer.mlp.token_dispatcher = mine
+    layer = build_layer(**ALLTOALL, **WITH_SHARED)
+    layer.mlp.shared_experts.__class__ = type("FusedSharedExpertMLP", (type(layer.mlp.shared_experts),), {})
+    try:
+        megatron_core.enable(lowbit.CommConfig(SPEC), layer)
+    except lowbit.ModelError as error:
+        messages.append(str(error))
     return messages
 
 
@@ -206,21 +222,21 @@ def _training(rank):
     x, grad = tokens(6, seed=rank), tokens(6, seed=10 + rank)
     found = []
     for config in (None, lowbit.CommConfig(SPEC, sites=("*.combine",))):
-        messages = []
+        messages, names = [], []
         lowbit.reset_stats()
         handle = megatron_core.enable(config, layer) if config else None
         for _ in range(2):  # communicators are made in the first
             layer.zero_grad()
             inputs = x.clone().requires_grad_()
             messages.clear()
-            with _recorded(messages):
+            with _recorded(messages, names):
                 out = layer.mlp(inputs)[0]
             out.backward(grad)
         if handle:
             handle.disable()
         counts = [m for m in messages if not m[-1].is_floating_point()]
         gradients = [inputs.grad, *(p.grad.clone() for p in layer.mlp.parameters() if p.grad is not None)]
-        found.append([out.detach(), gradients, counts])
+        found.append([out.detach(), gradients, counts, names])
     return [*found, {site: stats["paths"] for site, stats in lowbit.stats().items()}]
 
 
@@ -300,13 +316,20 @@ def test_the_process_wide_route(two_ranks):
         assert routes["restored"]
 
 
-def test_other_dispatchers_are_refused_by_name(two_ranks):
+def test_a_calibration_of_other_ranks_leaves_unselected_experts_alone(two_ranks):
     for rank in two_ranks:
-        for message, name in zip(
-            rank["refused"], ["MoEFlexTokenDispatcher"] * 2 + ["NVLSAllGatherVDispatcher"] * 2, strict=True
-        ):
+        same, fallbacks = rank["routes"]["calibrated"]
+        assert same and fallbacks == {site: {"site not selected": 1} for site in (DISPATCH, COMBINE)}
+
+
+def test_what_communicates_elsewhere_is_refused_by_name(two_ranks):
+    names = ["MoEFlexTokenDispatcher"] * 2 + ["NVLSAllGatherVDispatcher"] * 2
+    for rank in two_ranks:
+        *dispatchers, shared = rank["refused"]
+        for message, name in zip(dispatchers, names, strict=True):
             assert message.startswith(f"layers.0.moe has a {name}, which communicates where this patch cannot reach")
             assert "--moe-token-dispatcher-type alltoall" in message
+        assert shared.startswith(f"{SHARED} is a FusedSharedExpertMLP, which reduces around Transformer Engine")
 
 
 def test_training_has_exact_gradients_and_counts(two_ranks):
@@ -314,7 +337,9 @@ def test_training_has_exact_gradients_and_counts(two_ranks):
         exact, compressed, paths = rank["training"]
         assert not torch.equal(exact[0], compressed[0])
         assert len(exact[1]) > 4 and exact[2]
-        (gradients, counts), (others, other_counts) = exact[1:], compressed[1:]
+        reduced = "all_reduce torch.int64"  # of the tokens that each expert gets
+        assert exact[3].count(reduced) == compressed[3].count(reduced) > 0
+        (gradients, counts), (others, other_counts) = exact[1:3], compressed[1:3]
         pairs = [*zip(gradients, others, strict=True)]
         for message, other in zip(counts, other_counts, strict=True):
             pairs += zip(message, other, strict=True)

@@ -65,7 +65,8 @@ def _layer(columns=False, **options):
     spec.submodules.self_attention.submodules.core_attention = DotProductAttention
     if columns:
         spec.submodules.pre_mlp_layernorm = TENorm
-        spec.submodules.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+        mlp = getattr(spec.submodules.mlp, "keywords", vars(spec.submodules.mlp))  # newer specs are partial functions
+        mlp["submodules"].linear_fc1 = TEColumnParallelLinear
     return _randomize(build_module(spec, config=_config(**options), layer_number=1).eval())
 
 
