@@ -19,7 +19,17 @@ from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
 
 try:
-    from .megatron import compat, hooks, moe, row_parallel, sequence_parallel, sites, vocab_parallel
+    from .megatron import (
+        compat,
+        hooks,
+        inference_layers,
+        moe,
+        row_parallel,
+        sequence_parallel,
+        sites,
+        transformer_engine,
+        vocab_parallel,
+    )
     from .megatron.module_spec import lowbit_spec
 except ImportError as error:
     raise ModelError(f"Megatron-Core cannot be imported ({error}): pip install 'megatron-lowbit[megatron]'") from error
@@ -28,14 +38,11 @@ from .megatron.arguments import add_lowbit_args, enable_from_args
 
 __all__ = ["Handle", "add_lowbit_args", "enable", "enable_from_args", "lowbit_spec"]
 
-LAYERS = (row_parallel, sequence_parallel, vocab_parallel, moe)
+LAYERS = (row_parallel, sequence_parallel, vocab_parallel, moe, transformer_engine, inference_layers)
 # Classes that reduce where this patch cannot reach, and what to do about them.
-_LOCAL = (
-    "whose reduce is not covered in this version: build the model with the local layer spec (--transformer-impl local)"
-)
 UNCOVERED = {
-    name: f"is a {name}, {_LOCAL}"
-    for name in ("TERowParallelLinear", "TERowParallelGroupedLinear", "InferenceRowParallelLinear")
+    "TEFusedMLP": "which reduces among Transformer Engine's fused operations: set use_te_op_fuser=False",
+    "FusedSharedExpertMLP": "which reduces by itself: set use_grouped_gemm_for_shared_expert=False",
 }
 _wrapped, _handles = Replacements(), set()
 
@@ -46,10 +53,12 @@ class Handle:
     def __init__(self, config: CommConfig) -> None:
         self.config = config
         self.sites: list[str] = []  # hooked so far; grows while models are built under a process-wide enable
+        self._counted: set[str] = set()  # the same, to look up at every call
         self._modules: list[torch.nn.Module] = []
 
     def count(self, site: str) -> None:
-        if site not in self.sites:
+        if site not in self._counted:
+            self._counted.add(site)
             self.sites.append(site)
 
     def disable(self) -> None:
@@ -133,18 +142,17 @@ def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module
 
 
 def _messages(site: str, module: torch.nn.Module, config: CommConfig) -> list[str]:
-    """The sites of what a module sends; none if nothing, or what no patch reaches and nobody selects."""
+    """The sites of what a module sends, as far as it is compressed."""
     why = next((UNCOVERED[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in UNCOVERED), None)
-    sent = [] if why is None else [site]
+    if why is not None:
+        if config.selects(site):
+            raise ModelError(f"{site} is a {type(module).__name__}, {why}")
+        return []
+    sent: list[str] = []
     for layer in LAYERS:
-        if why is None and layer.takes(module):
+        if layer.takes(module):
             sent += layer.messages(module, site, config) if hasattr(layer, "messages") else [site]
-            why = layer.refusal(module) if hasattr(layer, "refusal") else None
-    if why is None:
-        return sent
-    if any(config.selects(message) for message in sent):
-        raise ModelError(f"{site} {why}")
-    return []
+    return sent
 
 
 def _check_calibrated(config: CommConfig, messages: list[str]) -> None:

@@ -24,7 +24,7 @@ from .job import DTYPES
 SAMPLES, SEQUENCE_LENGTH = 256, 256  # why so many windows: docs/calibration.md
 
 HELP = "find the outlier features of a model's partial sums"
-DESCRIPTION = """Find the usual ranges and the outlier features of a Llama's partial sums at one TP size, which codecs
+DESCRIPTION = """Find the usual ranges and the outlier features of a model's partial sums at one TP size, which codecs
 such as int4:outliers=1/64 need. One process simulates all ranks; run it once per model and TP size."""
 EXAMPLES = """examples:
   megatron-lowbit calibrate --model ~/models/Llama-3.2-1B --tp 4 --text prose.txt --out llama-1b-tp4.safetensors
@@ -35,9 +35,7 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `calibrate`."""
     what = parser.add_argument_group("model and files")
-    what.add_argument(
-        "--model", type=Path, metavar="DIR", help="Hugging Face Llama folder (default: the bundled model)"
-    )
+    what.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder (default: the bundled model)")
     what.add_argument("--tp", type=int, metavar="N", required=True, help="tensor-parallel ranks, as in inference")
     what.add_argument("--text", type=Path, metavar="FILE", required=True, help="text like that of inference")
     what.add_argument("--out", type=Path, metavar="FILE", required=True, help="calibration to write, safetensors")
@@ -122,15 +120,15 @@ def check(arguments: argparse.Namespace) -> Job:
     from ..engines.hf_model import Checkpoint, check_tensor_parallel, read_config
 
     model = bundled(arguments.model, "model", "--model DIR")
-    llama = read_config(model)
-    check_tensor_parallel(llama, arguments.tp)
-    dtype = Checkpoint(model, llama).dtype
+    shape = read_config(model)
+    check_tensor_parallel(shape, arguments.tp)
+    dtype = Checkpoint(model, shape).dtype
     length = arguments.sequence_length
     if length is None:
-        length = min(SEQUENCE_LENGTH, llama.max_positions)
-    if not 2 <= length <= llama.max_positions:
+        length = min(SEQUENCE_LENGTH, shape.max_positions)
+    if not 2 <= length <= shape.max_positions:
         raise ConfigError(
-            f"--sequence-length is {length}: give 2 to {llama.max_positions} tokens, the model's positions"
+            f"--sequence-length is {length}: give 2 to {shape.max_positions} tokens, the model's positions"
         )
     return Job(
         model,

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from ..engines.megatron_flags import Layout
 
 HELP = "convert a Hugging Face model into a Megatron-LM checkpoint, or back"
-DESCRIPTION = """Write a Megatron-LM checkpoint of a Hugging Face model, one file per rank, then read every tensor back and
-compare it with the model's, bit for bit. Prints the flags with which Megatron-LM's scripts load it, which are also in
-MEGATRON/megatron_args.txt. Llama, Mistral, Mixtral, Qwen2, Qwen3 and Gemma 2."""
+DESCRIPTION = """Write a Megatron-LM checkpoint of a Hugging Face model, one file per rank, then read every tensor back
+and compare it with the model's, bit for bit. Prints the flags with which Megatron-LM's scripts load it, which are also
+in MEGATRON/megatron_args.txt. Llama, Mistral, Mixtral, Qwen2, Qwen3 and Gemma 2."""
 EXAMPLES = """examples:
   megatron-lowbit convert --hf ~/models/Llama-3.1-8B --megatron ~/models/llama-tp4 --tp 4
   torchrun --nproc-per-node 4 gpt_static_inference.py $(cat ~/models/llama-tp4/megatron_args.txt) --prompts "Hello"
@@ -91,6 +91,8 @@ def check(arguments: argparse.Namespace) -> Job:
             raise ConfigError(f"--{name} is read from the checkpoint: leave it out with {mode}")
         if arguments.reverse:
             _check_target(hf, "--hf", arguments.force)
+            if hf.is_dir() and any(hf.glob("*.safetensors*")):
+                raise ConfigError(f"--hf {hf} holds weights already: remove them, or give another folder")
         elif arguments.force:
             raise ConfigError("--force is for writing: leave it out with --check")
         return Job(hf, megatron, arguments.reverse, None)

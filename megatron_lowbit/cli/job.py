@@ -24,9 +24,7 @@ DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `generate`."""
     what = parser.add_argument_group("model")
-    what.add_argument(
-        "--model", type=Path, metavar="DIR", help="Hugging Face Llama folder (default: the bundled model)"
-    )
+    what.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder (default: the bundled model)")
     what.add_argument("--engine", default="megatron", help="framework that runs the model: megatron (default)")
     what.add_argument(
         "--tp", type=int, metavar="N", help="tensor-parallel ranks (default: 2, or as many as torchrun started)"
@@ -134,10 +132,10 @@ def check(arguments: argparse.Namespace) -> Job:
         from ..engines.hf_model import Checkpoint, check_tensor_parallel, read_config
     except ImportError as error:
         raise ModelError(f"{error}: pip install 'megatron-lowbit[megatron]'") from error
-    llama = read_config(model)
-    check_tensor_parallel(llama, tp)
-    Checkpoint(model, llama)
-    sites = [f"layers.{layer}.{kind}" for layer in range(llama.layers) for kind in ("attention", "mlp")]
+    shape = read_config(model)
+    check_tensor_parallel(shape, tp)
+    Checkpoint(model, shape)
+    sites = shape.sites
     if config is not None and not any(map(config.selects, sites)):
         raise ConfigError(
             f"--comm-sites {' '.join(config.sites)} selects none of {sites[0]}, {sites[1]} … {sites[-1]}: give "
@@ -152,13 +150,13 @@ def check(arguments: argparse.Namespace) -> Job:
         arguments.text if arguments.text or not (BUNDLED / "sample_text.txt").is_file() else BUNDLED / "sample_text.txt"
     )
     sampling = _sampling(arguments)
-    if sampling.max_new_tokens >= llama.max_positions:
+    if sampling.max_new_tokens >= shape.max_positions:
         raise ConfigError(
-            f"--max-new-tokens is {sampling.max_new_tokens}, and the model has {llama.max_positions} positions for the "
+            f"--max-new-tokens is {sampling.max_new_tokens}, and the model has {shape.max_positions} positions for the "
             "prompt and the new tokens together: lower it"
         )
-    if sampling.top_k >= llama.vocab:
-        raise ConfigError(f"--top-k is {sampling.top_k}: it must stay below the vocabulary size, {llama.vocab}")
+    if sampling.top_k >= shape.vocab:
+        raise ConfigError(f"--top-k is {sampling.top_k}: it must stay below the vocabulary size, {shape.vocab}")
     check_output(arguments.json, "--json")
     if not 0 < arguments.timeout <= 1e6:
         raise ConfigError(f"--timeout is {arguments.timeout}: give seconds above 0, at most a million")

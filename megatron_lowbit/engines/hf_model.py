@@ -72,6 +72,12 @@ class ModelConfig:
         return FAMILIES[self.model_type]
 
     @property
+    def sites(self) -> list[str]:
+        """Where ranks reduce partial sums, in the order of the forward pass."""
+        kinds = ("attention", "moe" if self.experts else "mlp")
+        return [f"layers.{layer}.{kind}" for layer in range(self.layers) for kind in kinds]
+
+    @property
     def needs_own_layers(self) -> bool:
         """Whether Megatron's local layers lack something that the model has: see `megatron_layers.py`."""
         return bool(self.windows or self.family.gemma)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -86,9 +87,14 @@ def _controller_class() -> type:
             logits = last_token_logits[:, : self.vocab].float()
             return super()._torch_sampling_func(logits, temperature, top_k, top_p, self.vocab)
 
+        def sample_from_logits(self, last_token_logits, sampling_params=None, vocab_size=None, *args, **kwargs):
+            """What does so before 0.16."""
+            logits = last_token_logits[:, : self.vocab].float()
+            return super().sample_from_logits(logits, sampling_params, self.vocab, *args, **kwargs)
+
         def update_generation_status(
             self, updated_prompts_tokens, generation_started, current_context_end_position, is_generation_done_tensor,
-            generated_sequence_lengths, termination_id=None,
+            generated_sequence_lengths, *rest, **more,
         ):  # fmt: skip
             latest = updated_prompts_tokens[:, current_context_end_position]
             is_eos = torch.isin(latest, self.eos)
@@ -96,7 +102,7 @@ def _controller_class() -> type:
             self.on_step([(i, token) for i, token in enumerate(latest.tolist()) if fresh[i]])
             done, lengths = super().update_generation_status(
                 updated_prompts_tokens, generation_started, current_context_end_position, is_generation_done_tensor,
-                generated_sequence_lengths, termination_id,
+                generated_sequence_lengths, *rest, **more,
             )  # fmt: skip
             return done | (is_eos & generation_started), lengths
 
@@ -104,7 +110,7 @@ def _controller_class() -> type:
 
 
 class MegatronEngine:
-    """A Hugging Face Llama folder run by Megatron-Core over the ranks of an initialised `torch.distributed`.
+    """A Hugging Face folder run by Megatron-Core over the ranks of an initialised `torch.distributed`.
 
     `tp` defaults to all ranks, `dtype` to the checkpoint's; the device is the current CUDA device or the CPU. Every
     rank must make the engine and call its methods alike. Attributes: `model` (a `GPTModel`), `tokenizer` (of Hugging
@@ -186,9 +192,12 @@ class MegatronEngine:
         params.add_attributes({"no_early_termination": True})  # Megatron knows one end token, our controller all
         with quiet(), _without_bar(static_engine), torch.random.fork_rng(devices=[]):
             controller = self._controller(adapter, len(prompts), max(map(len, tokens)) + sampling.max_new_tokens)
-            controller.sampling_rng.manual_seed(sampling.seed)
+            if hasattr(controller, "sampling_rng"):  # from 0.15 on; the engine seeds torch's own
+                controller.sampling_rng.manual_seed(sampling.seed)
             controller.on_step = on_step
-            engine = static_engine.StaticInferenceEngine(controller, random_seed=sampling.seed, legacy=True)
+            make = static_engine.StaticInferenceEngine
+            legacy = {"legacy": True} if "legacy" in inspect.signature(make).parameters else {}  # all were, before 0.16
+            engine = make(controller, random_seed=sampling.seed, **legacy)
             engine.generate(prompts=prompts, sampling_params=params)
         for index, stream in enumerate(streams):
             show(index, stream.finish())
@@ -214,17 +223,22 @@ class MegatronEngine:
         """Megatron's stack up to the controller, with a key-value cache of exactly [length, requests]."""
         from megatron.core.inference.contexts import StaticInferenceContext
         from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
-        from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 
-        config = InferenceWrapperConfig(
-            hidden_size=self.config.hidden,
-            params_dtype=self.dtype,
-            inference_batch_times_seqlen_threshold=-1,
-            padded_vocab_size=self.model.vocab_size,
-            inference_max_requests=requests,
-            inference_max_seq_length=length,
-        )
-        wrapper = GPTInferenceWrapper(self.model, config, StaticInferenceContext.from_config(config))
+        context = StaticInferenceContext(requests, length)
+        try:
+            from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
+        except ImportError:  # from 0.17 on, where the model's own configuration says it all
+            wrapper = GPTInferenceWrapper(self.model, context)
+        else:
+            config = InferenceWrapperConfig(
+                hidden_size=self.config.hidden,
+                params_dtype=self.dtype,
+                inference_batch_times_seqlen_threshold=-1,
+                padded_vocab_size=self.model.vocab_size,
+                inference_max_requests=requests,
+                inference_max_seq_length=length,
+            )
+            wrapper = GPTInferenceWrapper(self.model, config, context)
         controller = _controller_class()(wrapper, adapter)
         controller.vocab = self.config.vocab
         controller.eos = torch.tensor(self.eos, dtype=torch.long, device=self.device)

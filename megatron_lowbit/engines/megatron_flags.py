@@ -132,7 +132,7 @@ def limits(config: ModelConfig, layout: Layout) -> list[str]:
     found = []
     if config.rope_type == "llama3" and config.rope != MEGATRON_LLAMA3:
         found.append(
-            f"its rope scaling is {config.rope}; Megatron-LM's scripts build {MEGATRON_LLAMA3}, whatever their flags say"
+            f"its rope scaling is {config.rope}; Megatron-LM's scripts build {MEGATRON_LLAMA3}, whatever flags say"
         )
     if config.rope_type == "linear":
         found.append("its rope scaling is linear, which Megatron-LM's scripts do not pass on to the model")

@@ -25,7 +25,7 @@ def placed(config: ModelConfig, pp: int, implementation: str) -> Iterator[tuple[
             for ours, theirs in FUSED_NORMS.items():
                 if not (config.experts and theirs.startswith("mlp")):
                     name = name.replace(f".{ours}", f".{theirs}")
-        head, layer, rest = name.partition("decoder.layers.")
+        _, layer, rest = name.partition("decoder.layers.")
         if layer:
             index, _, tail = rest.partition(".")
             stage, local = divmod(int(index), config.layers // pp)

@@ -1,8 +1,9 @@
-"""Tensor parallelism of N ranks in one process: a Hugging Face Llama whose row-parallel layers compute partial sums.
+"""Tensor parallelism of N ranks in one process: a Hugging Face model whose row-parallel layers compute partial sums.
 
 Only these layers differ from the unsplit model: their input features, and the columns of their weights, are cut into N
 equal parts, as Megatron cuts them. What the N products become is up to a function, which sees every partial sum that
-would cross a link: it can send them through a codec, or look at them.
+would cross a link: it can send them through a codec, or look at them. Experts, which Transformers keeps in one tensor
+and Megatron sends token by token, compute as they are: of their layers only the attention is split.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ def row_parallel(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     try:
         for index, layer in enumerate(model.model.layers):
             sites[f"layers.{index}.attention"] = layer.self_attn.o_proj
-            sites[f"layers.{index}.mlp"] = layer.mlp.down_proj
+            if not hasattr(layer.mlp, "experts"):
+                sites[f"layers.{index}.mlp"] = layer.mlp.down_proj
     except AttributeError as error:
         raise ModelError(
-            f"{type(model).__name__} is not built like a Llama ({error}); use a LlamaForCausalLM"
+            f"{type(model).__name__} is not built like a Llama ({error}); use a model of a family in families.py"
         ) from error
     return sites
 

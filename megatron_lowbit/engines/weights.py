@@ -8,7 +8,7 @@ rank `[gate, up]` into `linear_fc1`. The rotary layout is the same, so no rows a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -146,7 +146,7 @@ def weights(config: ModelConfig) -> Iterator[Weight]:
     yield Weight("embedding.word_embeddings.weight", {"model.embed_tokens.weight": vocab}, Vocabulary)
     for index in range(config.layers):
         for weight in _layer(config, f"model.layers.{index}"):
-            yield Weight(f"decoder.layers.{index}.{weight.name}", weight.sources, weight.cut)
+            yield replace(weight, name=f"decoder.layers.{index}.{weight.name}")
     yield Weight("decoder.final_layernorm.weight", {"model.norm.weight": (config.hidden,)}, Whole)
     if not config.tied:
         yield Weight("output_layer.weight", {"lm_head.weight": vocab}, Vocabulary)

@@ -17,6 +17,7 @@ makes a group for each).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,16 +33,17 @@ from megatron_lowbit.errors import ModelError
 from . import collectives
 from .hooks import config_of, site_of
 
+DISPATCH, COMBINE, SHARED = ".dispatch", ".combine", ".shared_experts"
 UNNAMED = "moe"  # layers that were built before a process-wide enable
 _DISPATCHERS = (token_dispatcher.MoEAllGatherTokenDispatcher, token_dispatcher.MoEAlltoAllTokenDispatcher)
 # What releases have of these: 0.12 sends in the two named *permutation, and its layer has no methods but forward.
 _PARTS = {
-    "token_permutation": "dispatch",
-    "token_dispatch": "dispatch",
-    "dispatch_postprocess": "dispatch",
-    "token_unpermutation": "combine",
-    "combine_preprocess": "combine",
-    "token_combine": "combine",
+    "token_permutation": DISPATCH,
+    "token_dispatch": DISPATCH,
+    "dispatch_postprocess": DISPATCH,
+    "token_unpermutation": COMBINE,
+    "combine_preprocess": COMBINE,
+    "token_combine": COMBINE,
 }
 _LAYER_METHODS = ("forward", "dispatch", "experts_compute", "routed_experts_compute", "combine")
 _SHARED_METHODS = ("pre_forward_comm", "post_forward_comm")
@@ -69,23 +71,23 @@ def takes(module: torch.nn.Module) -> bool:
 
 
 def messages(module: torch.nn.Module, site: str, config: CommConfig) -> list[str]:
-    return [f"{site}.dispatch", f"{site}.combine"] if isinstance(module, MoELayer) else [f"{site}.shared_experts"]
-
-
-def refusal(module: torch.nn.Module) -> str | None:
-    """What keeps the messages of this layer out of reach, and the remedy."""
-    if not isinstance(module, MoELayer) or _covered(type(module.token_dispatcher)):
-        return None
-    return (
-        f"has a {type(module.token_dispatcher).__name__}, which communicates where this patch cannot reach: use "
-        "--moe-token-dispatcher-type alltoall or allgather, or leave its sites out (--lowbit-comm-sites)"
-    )
+    if not isinstance(module, MoELayer):
+        return [site + SHARED]
+    sent = [site + DISPATCH, site + COMBINE]
+    if _covered(type(module.token_dispatcher)):
+        return sent
+    if any(config.selects(each) for each in sent):
+        raise ModelError(
+            f"{site} has a {type(module.token_dispatcher).__name__}, which communicates where this patch cannot reach: "
+            "use --moe-token-dispatcher-type alltoall or allgather, or leave its sites out (--lowbit-comm-sites)"
+        )
+    return []
 
 
 def wrappers() -> list[tuple]:
     found = [(MoELayer, name, _running) for name in _LAYER_METHODS if hasattr(MoELayer, name)]
     for kind in _DISPATCHERS:
-        found += [(kind, name, _sending(part)) for name, part in _PARTS.items() if name in vars(kind)]
+        found += [(kind, name, _sending(suffix)) for name, suffix in _PARTS.items() if name in vars(kind)]
     shared = shared_experts.SharedExpertMLP
     found += [(shared, name, _sharing) for name in _SHARED_METHODS]
     for module in (token_dispatcher, shared_experts):
@@ -93,13 +95,13 @@ def wrappers() -> list[tuple]:
     return found
 
 
+@functools.cache
 def _covered(kind: type) -> bool:
     """Whether a dispatcher's methods are those that are wrapped; newer ones derive from them and send otherwise."""
     owners = (next((k for k in kind.__mro__ if name in vars(k)), None) for name in _PARTS if hasattr(kind, name))
-    return issubclass(kind, _DISPATCHERS) and all(owner in _KNOWN for owner in owners)
-
-
-_KNOWN = (*_DISPATCHERS, token_dispatcher.MoETokenDispatcher)
+    return issubclass(kind, _DISPATCHERS) and all(
+        owner in (*_DISPATCHERS, token_dispatcher.MoETokenDispatcher) for owner in owners
+    )
 
 
 def _running(base):
@@ -109,9 +111,7 @@ def _running(base):
         global _layer
         if (config := config_of(self)) is None:
             return base(self, *args, **kwargs)
-        site = self.__dict__.get("lowbit_site", UNNAMED)  # layers that nobody checked yet, and swapped dispatchers
-        if any(config.selects(message) for message in messages(self, site, config)) and (why := refusal(self)):
-            raise ModelError(f"{site} {why}")
+        messages(self, self.__dict__.get("lowbit_site", UNNAMED), config)  # a dispatcher may have been swapped since
         outer, _layer = _layer, self
         try:
             return base(self, *args, **kwargs)
@@ -121,7 +121,7 @@ def _running(base):
     return method
 
 
-def _sending(part: str):
+def _sending(suffix: str):
     """A method of a dispatcher that is given hidden states, and probabilities or not."""
 
     def wrapper(base):
@@ -138,7 +138,7 @@ def _sending(part: str):
                     and not any(x is other for other in given)
                 )
 
-            scope = _Scope(config_of(_layer), site_of(_layer, UNNAMED, f".{part}"), is_hidden)
+            scope = _Scope(config_of(_layer), site_of(_layer, UNNAMED, suffix), is_hidden)
             out = _within(scope, base, self, hidden, *args, **kwargs)
             if scope.calls and not scope.taken:
                 raise ModelError(
@@ -157,7 +157,7 @@ def _sharing(base):
 
     def method(self, *args, **kwargs):
         config = config_of(self)
-        scope = None if config is None else _Scope(config, site_of(self, UNNAMED, ".shared_experts"), lambda x: True)
+        scope = None if config is None else _Scope(config, site_of(self, UNNAMED, SHARED), lambda x: True)
         return _within(scope, base, self, *args, **kwargs)
 
     return method

@@ -33,12 +33,12 @@ def _forward(base):
         config = config_of(self)
         if config is None or self.explicit_expert_comm or (group := group_of(self)).size() == 1:
             return base(self, input_)
-        site, flags = site_of(self), (self.explicit_expert_comm, self.skip_bias_add)
-        self.explicit_expert_comm = self.skip_bias_add = True
+        site, flags, skip_bias_add = site_of(self), self.__dict__, self.skip_bias_add  # setattr takes 2 us each time
+        flags["explicit_expert_comm"] = flags["skip_bias_add"] = True
         try:
             partial, _ = base(self, input_)
         finally:
-            self.explicit_expert_comm, self.skip_bias_add = flags
+            flags["explicit_expert_comm"], flags["skip_bias_add"] = False, skip_bias_add
         comm = communicator(group, config)
         if self.sequence_parallel:
             out = straight_through(

@@ -58,7 +58,7 @@ def _gather_into(base):
     def gather(buffer, input_, *args, **kwargs):
         if (message := _gathering.take()) is None:
             return base(buffer, input_, *args, **kwargs)
-        buffer.data = message.comm.all_gather(input_, 0, message.site)  # it is read once, by the product: no copy
+        buffer.data = _gather(message, input_)  # it is read once, by the product: no copy
 
     return gather
 
@@ -67,10 +67,15 @@ def _gather_frozen(base):
     def gather(input_, *args, **kwargs):
         if (message := _gathering.take()) is None:
             return base(input_, *args, **kwargs)
-        return straight_through(
-            input_,
-            lambda x: message.comm.all_gather(x, 0, message.site),
-            lambda grad: reduce_scatter_to_sequence_parallel_region(grad, group=message.group),
-        )
+        return _gather(message, input_)
 
     return gather
+
+
+def _gather(message: Message, input_: torch.Tensor) -> torch.Tensor:
+    """[sequence / N, ...] of all ranks -> [sequence, ...]."""
+    return straight_through(
+        input_,
+        lambda x: message.comm.all_gather(x, 0, message.site),
+        lambda grad: reduce_scatter_to_sequence_parallel_region(grad, group=message.group),
+    )

@@ -7,6 +7,7 @@ import torch
 
 from megatron_lowbit.engines.hf_model import check_tensor_parallel, read_config
 from megatron_lowbit.errors import ModelError
+from tests.engines.test_megatron import make_tokenizer
 from tests.models import FAMILIES, SIZES, random_model
 from tests.ranks import run_ranks
 
@@ -23,6 +24,10 @@ VARIANTS = {  # name: (family, changes)
     "gemma2 untied": ("gemma2", {"tie_word_embeddings": False, "attention_bias": True, "num_key_value_heads": 1}),
     "gemma2 uncapped": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
 }
+
+
+OLD = {"layer_types": None}  # Transformers 4 derived it
+PROMPTS = ["Hi", "two rivers, one sea"]  # the second is longer than the windows
 
 
 def respell(folder):
@@ -84,6 +89,38 @@ def test_logits_equal_transformers(tmp_path):
     compare(tmp_path, {family: random_model(family) for family in FAMILIES}, world=2, sizes=(1, 2))
 
 
+def generated(rank, world, folders):
+    """Greedy tokens of every folder: prompts together, and step by step through the cache of keys and values."""
+    import contextlib
+    import tempfile
+
+    from megatron_lowbit.engines.base import Sampling
+    from megatron_lowbit.engines.megatron import MegatronEngine
+
+    found = {}
+    with (
+        tempfile.TemporaryFile("w+") as printed,
+        contextlib.redirect_stderr(printed),
+        contextlib.redirect_stdout(printed),
+    ):
+        for name, folder in folders.items():
+            found[name] = [list(g.tokens) for g in MegatronEngine(folder, world).generate(PROMPTS, Sampling(8))]
+    return found
+
+
+def test_greedy_text_is_transformers(tmp_path):
+    folders, expected = {}, {}
+    for family in ("mistral", "mixtral", "qwen3", "gemma2"):
+        model = random_model(family, vocab_size=259, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+        folders[family] = str(tmp_path / family)
+        model.save_pretrained(folders[family])
+        tokenizer = make_tokenizer(folders[family])
+        ids = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in PROMPTS]
+        texts = [model.generate(x, do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=None) for x in ids]
+        expected[family] = [text[0, x.shape[1] :].tolist() for text, x in zip(texts, ids, strict=True)]
+    assert run_ranks(2, generated, folders, timeout=300) == [expected] * 2
+
+
 @pytest.mark.slow
 def test_logits_with_fewer_key_value_heads_than_ranks(tmp_path):
     compare(tmp_path, {family: random_model(family) for family in FAMILIES}, world=4, sizes=(4,))
@@ -137,10 +174,10 @@ def config_of(tmp_path):
         ("mistral", {}, (7, 7)),
         ("mistral", {"sliding_window": None}, ()),
         ("mistral", {"sliding_window": 64}, ()),  # as many as the positions
-        ("qwen2", {"use_sliding_window": False, "sliding_window": 5, "layer_types": None}, ()),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "layer_types": None}, (None, 5)),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 5} | OLD, ()),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1} | OLD, (None, 5)),
         ("qwen3", {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}, (5, None)),
-        ("gemma2", {"layer_types": None}, (7, None)),
+        ("gemma2", OLD, (7, None)),
         ("llama", {"sliding_window": 5}, ()),
     ],
 )  # fmt: skip

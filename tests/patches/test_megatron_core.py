@@ -233,11 +233,11 @@ def test_gradients_are_those_of_the_exact_layer(two_ranks):
         assert stats[f"layers.{LAYERS - 1}.mlp"]["paths"] == {"one-shot": 1}
 
 
-def _te_row_parallel():
-    """Stands in for Transformer Engine's layer, which reduces by itself."""
+def _uncovered():
+    """Stands in for a layer that reduces by itself, where the patch cannot reach."""
     from megatron.core.tensor_parallel.layers import RowParallelLinear
 
-    return type("TERowParallelLinear", (RowParallelLinear,), {})
+    return type("TEFusedMLP", (RowParallelLinear,), {})
 
 
 def _refusals(rank, world):
@@ -261,7 +261,7 @@ def _refusals(rank, world):
     with megatron_core.enable(config, model):
         refused(lambda: megatron_core.enable(config, model))
     original = model.decoder.layers[1].mlp.linear_fc2
-    model.decoder.layers[1].mlp.linear_fc2 = _build(world, row=_te_row_parallel()).decoder.layers[0].mlp.linear_fc2
+    model.decoder.layers[1].mlp.linear_fc2 = _build(world, row=_uncovered()).decoder.layers[0].mlp.linear_fc2
     refused(lambda: megatron_core.enable(config, model))
     messages.append(f"{type(model.decoder.layers[0].mlp.linear_fc2).__name__}")
     model.decoder.layers[1].mlp.linear_fc2 = original
@@ -275,7 +275,7 @@ def _refusals(rank, world):
         refused(handle.verify)
         with torch.no_grad():
             original(torch.zeros(2, 2, 64))
-        refused(lambda: _build(world, row=_te_row_parallel()))
+        refused(lambda: _build(world, row=_uncovered()))
     return messages
 
 
@@ -285,11 +285,11 @@ def test_what_is_not_covered_is_a_loud_error():
         "no RowParallelLinear in an empty list",
         "config is 'int4': pass a CommConfig",
         "disable the earlier handle first",
-        "is a TERowParallelLinear, whose reduce is not covered in this version: build the model with the local",
+        "is a TEFusedMLP, which reduces among Transformer Engine's fused operations: set use_te_op_fuser=False",
         "RowParallelLinear",
         "no row-parallel layer was built or run under it",
         "no row-parallel layer was built or run under it",
-        "layers.0.mlp is a TERowParallelLinear, whose reduce is not covered",
+        "layers.0.mlp is a TEFusedMLP, which reduces",
     ]
     for messages in run_ranks(2, _refusals, timeout=200):
         assert len(messages) == len(expected)

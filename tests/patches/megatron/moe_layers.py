@@ -60,6 +60,8 @@ def build_layer(tp=1, ep=2, etp=1, experts=4, hidden=HIDDEN, **options):
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.spec_utils import build_module
 
+    if "moe_shared_expert_gate" not in vars(TransformerConfig):  # before 0.16 it is an option of specs
+        options.pop("moe_shared_expert_gate", None)
     config = TransformerConfig(
         num_layers=1,
         hidden_size=hidden,
@@ -109,9 +111,9 @@ def simulated():
     def wide(x):
         return x.dim() >= 2 and x.shape[-1] == HIDDEN and x.is_floating_point()
 
-    def all_to_all(group, x, outputs=None, inputs=None):
+    def all_to_all(group, x, outputs=None, inputs=None, **rest):
         if not wide(x) or group.size() == 1:
-            return originals["all_to_all"](group, x, outputs, inputs)
+            return originals["all_to_all"](group, x, outputs, inputs, **rest)
         splits = [None if s is None else [int(n) for n in s] for s in everywhere(inputs, group)]
         return lowbit.simulate.all_to_all(everywhere(x, group), SPEC, splits)[group.rank()]
 
@@ -155,15 +157,14 @@ def simulated():
             setattr(module, name, originals[name])
 
 
-def steps(layer, x):
-    """The MoE layer without its router, which can do nothing with no tokens: token n goes to experts n and n + 1."""
+def without_router(layer, x):
+    """The router can do nothing with no tokens; here token n goes to experts n and n + 1."""
     import torch.nn.functional as F
 
-    tokens = torch.arange(x.shape[0] * x.shape[1])
-    routes = (F.one_hot(tokens % 4, 4) + F.one_hot((tokens + 1) % 4, 4)).bool()
-    hidden, probs = layer.mlp.preprocess(x, routes * 0.5, routes)
-    out, _ = layer.mlp.routed_experts_compute(*layer.mlp.dispatch(hidden, probs))
-    return layer.mlp.postprocess(layer.mlp.combine(out), None)
+    numbers = torch.arange(x.shape[0] * x.shape[1])
+    routes = (F.one_hot(numbers % 4, 4) + F.one_hot((numbers + 1) % 4, 4)).bool()
+    layer.mlp.router.forward = lambda hidden, *args: (routes * 0.5, routes)
+    return layer.mlp(x)[0]
 
 
 def _forward(layer, x):

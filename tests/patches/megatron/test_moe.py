@@ -13,8 +13,8 @@ from tests.patches.megatron.moe_layers import (
     compare,
     gather_unevenly,
     init_parallel,
-    steps,
     tokens,
+    without_router,
 )
 from tests.ranks import run_ranks
 
@@ -49,8 +49,10 @@ def _two_ranks(rank, world):
         layer = build_layer(**ALLTOALL, moe_router_topk=1, moe_router_pre_softmax=True)
         layer.mlp.router.weight.data.zero_()[0] = 1.0
         results["EP2 one expert has all"] = compare(layer, x.abs())
-        results["EP2 a rank without tokens"] = compare(build_layer(**ALLTOALL), tokens(5 * rank, seed=rank), steps)
-        results["EP2 nobody has tokens"] = compare(build_layer(**ALLTOALL), x[:0], steps)
+        results["EP2 a rank without tokens"] = compare(
+            build_layer(**ALLTOALL), tokens(5 * rank, seed=rank), without_router
+        )
+        results["EP2 nobody has tokens"] = compare(build_layer(**ALLTOALL), x[:0], without_router)
         results["untouched"] = [_untouched(build_layer(**options), x) for options in (ALLGATHER, ALLTOALL)]
         results["wide"] = _as_many_experts_as_features(x)
         results["routes"] = _routes(x)
@@ -112,24 +114,26 @@ def _untouched(layer, x):
 
 def _as_many_experts_as_features(x):
     """Probabilities [tokens, experts] are gathered beside hidden states [tokens, features] of the same shape."""
+    from megatron.core.transformer.moe import token_dispatcher
+
     from megatron_lowbit.patches import megatron_core
 
     layer, gathered = build_layer(experts=HIDDEN, **ALLGATHER), []
-    dispatcher = type(layer.mlp.token_dispatcher)
-    original = dispatcher.dispatch_postprocess
-    dispatcher.dispatch_postprocess = lambda self, hidden, probs: (
-        gathered.append((hidden.clone(), probs.clone())) or original(self, hidden, probs)
+    permute = token_dispatcher.permute
+    token_dispatcher.permute = lambda hidden, *args, **kwargs: (
+        gathered.append(hidden.clone()) or permute(hidden, *args, **kwargs)
     )
     try:
         layer.mlp(x)
+        probs = layer.mlp.token_dispatcher.local_probs
         lowbit.reset_stats()
         with megatron_core.enable(lowbit.CommConfig(SPEC), layer):
             layer.mlp(x)
     finally:
-        dispatcher.dispatch_postprocess = original
-    (hidden, probs), (compressed, kept) = gathered
-    assert hidden.shape == probs.shape
-    return torch.equal(probs, kept) and not torch.equal(hidden, compressed) and lowbit.stats()[DISPATCH]["calls"] == 1
+        token_dispatcher.permute = permute
+    hidden, compressed = gathered
+    same = torch.equal(probs, layer.mlp.token_dispatcher.local_probs)
+    return same and not torch.equal(hidden, compressed) and lowbit.stats()[DISPATCH]["calls"] == 1
 
 
 def _routes(x):
@@ -139,10 +143,11 @@ def _routes(x):
 
     from megatron_lowbit.patches import megatron_core
 
+    dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
     watched = [
         (MoELayer, "forward"),
         (token_dispatcher, "all_to_all"),
-        (token_dispatcher.MoEAlltoAllTokenDispatcher, "token_combine"),
+        *((dispatcher, name) for name in vars(dispatcher)),
     ]
     before = [getattr(*each) for each in watched]
     earlier, config = build_layer(**ALLTOALL), lowbit.CommConfig(SPEC)

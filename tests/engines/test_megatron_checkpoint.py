@@ -1,0 +1,264 @@
+"""Checkpoints that `convert` writes load into the model that their flags describe, and compute what they did before."""
+
+import argparse
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+from megatron_lowbit.engines.hf_model import Checkpoint, read_config
+from megatron_lowbit.engines.megatron_checkpoint import MegatronCheckpoint, verify, write, write_hf
+from megatron_lowbit.engines.megatron_flags import Layout, arguments, command_line, limits
+from megatron_lowbit.engines.weights import weights
+from megatron_lowbit.errors import ModelError
+from tests.models import FAMILIES, random_model
+from tests.ranks import run_ranks
+
+IDS = torch.arange(48).view(2, 24) * 37 % 61
+
+
+def silent(name):
+    pass
+
+
+def convert(folder, layout, out=None):
+    config = read_config(folder)
+    out = out or folder.with_name(f"{folder.name}-megatron")
+    write(config, Checkpoint(folder, config), out, layout, silent)
+    return out
+
+
+def from_flags(words):
+    """Megatron-LM's parsing in short: flags -> the fields of a TransformerConfig, and the rest."""
+    said, name = {}, None
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].replace("-", "_")
+            said[name] = True
+        else:
+            said[name] = word if said[name] is True else f"{said[name]} {word}"
+    return said
+
+
+def megatron_logits(rank, world, folders):
+    """Build from megatron_args.txt with Megatron-Core alone, load this rank's file strictly, compute."""
+    import torch.nn.functional as F
+
+    from megatron_lowbit.engines.megatron import init_tensor_parallel, quiet
+    from megatron_lowbit.engines.megatron_layers import layer_spec
+    from megatron_lowbit.patches import megatron_cpu
+
+    megatron_cpu.enable()
+    init_tensor_parallel(world)
+    found = {}
+    positions = torch.arange(IDS.shape[1]).expand_as(IDS)
+    mask = torch.ones(1, 1, IDS.shape[1], IDS.shape[1], dtype=torch.bool).triu(1)
+    with quiet(), torch.inference_mode(), torch.serialization.safe_globals([argparse.Namespace]):
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.transformer import TransformerConfig
+        from megatron.core.transformer.moe import moe_utils
+
+        moe_utils.te_general_gemm = None
+        for name, folder in folders.items():
+            said = from_flags(open(f"{folder}/megatron_args.txt").read().split())
+            fields = {f.name: f.type for f in dataclasses.fields(TransformerConfig)}
+            numbers = {k: v if v is True else _number(v) for k, v in said.items() if k in fields}
+            config = TransformerConfig(
+                **numbers,
+                layernorm_epsilon=float(said["norm_epsilon"]),
+                num_moe_experts=int(said["num_experts"]) if "num_experts" in said else None,
+                activation_func=F.silu,
+                gated_linear_unit=said["swiglu"],
+                add_bias_linear="disable_bias_linear" not in said,
+                moe_token_dispatcher_type="allgather",
+                use_cpu_initialization=True,
+                perform_initialization=False,
+            )
+            state = torch.load(f"{folder}/release/mp_rank_{rank:02d}/model_optim_rng.pt", weights_only=True)
+            spec = get_gpt_layer_local_spec(config.num_moe_experts, False, config.qk_layernorm, normalization="RMSNorm")
+            if "spec" in said:
+                assert said["spec"] == "megatron_lowbit.engines.megatron_spec spec"
+                spec = layer_spec(read_config(f"{folder}/hf"))
+            model = GPTModel(
+                config,
+                spec,
+                state["args"].padded_vocab_size,
+                int(said["max_position_embeddings"]),
+                share_embeddings_and_output_weights="untie_embeddings_and_output_weights" not in said,
+                position_embedding_type=said["position_embedding_type"],
+                rotary_base=int(said["rotary_base"]),
+            ).eval()
+            model.load_state_dict(state["model"], strict=True)
+            found[name] = model(IDS, positions, mask, runtime_gather_output=True)[..., :61].clone()
+    return found
+
+
+def _number(text):
+    try:
+        return float(text) if "." in text or "e-" in text else int(text)
+    except ValueError:
+        return text
+
+
+def test_a_model_built_from_the_flags_computes_the_same(tmp_path):
+    folders, expected = {}, {}
+    for family in FAMILIES:
+        changes = {"final_logit_softcapping": None} if family == "gemma2" else {}  # no spec reaches the logits
+        model = random_model(family, **changes)
+        model.save_pretrained(tmp_path / family)
+        with torch.no_grad():
+            expected[family] = model(IDS).logits
+        folders[family] = str(convert(tmp_path / family, Layout(2)))
+    for logits in run_ranks(2, megatron_logits, folders):
+        differences = {name: (logits[name] - expected[name]).abs().max().item() for name in folders}
+        assert max(differences.values()) < 1e-4, differences
+
+
+# --- files: nothing below needs Megatron or ranks ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        random_model(family).save_pretrained(root / family)
+    random_model("qwen2", tie_word_embeddings=True, num_key_value_heads=1).save_pretrained(root / "tied")
+    return root
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "tied"])
+@pytest.mark.parametrize("layout", [Layout(1, dtype="bfloat16"), Layout(2, 2), Layout(4, divisible_by=1)])
+def test_there_and_back(folders, tmp_path, name, layout):
+    config = read_config(folders / name)
+    checkpoint = Checkpoint(folders / name, config)
+    write(config, checkpoint, tmp_path / "megatron", layout, silent)
+    seen = []
+    assert verify(config, checkpoint, tmp_path / "megatron", seen.append) == len(set(seen))
+    megatron = MegatronCheckpoint(tmp_path / "megatron")
+    assert (megatron.tp, megatron.pp) == (layout.tp, layout.pp)
+    assert megatron.args.padded_vocab_size == {128: 128 * layout.tp, 1: 64}[layout.divisible_by]
+    write_hf(config, megatron, tmp_path / "back", silent, shard=4096)
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2
+    again = Checkpoint(tmp_path / "back", read_config(tmp_path / "back"))
+    assert str(again.dtype) == f"torch.{layout.dtype}" and read_config(tmp_path / "back") == config
+    for weight in weights(config):
+        for tensor in weight.sources:
+            assert torch.equal(again.read(tensor), checkpoint.read(tensor).to(again.dtype))
+
+
+def test_stages_number_their_layers_from_zero(folders, tmp_path):
+    out = convert(folders / "tied", Layout(1, 2), tmp_path / "m")
+    megatron = MegatronCheckpoint(out)
+    first, last = ({n for n, _ in state["model"].items()} for state in megatron._states.values())
+    assert sorted(path.name for path in (out / "release").iterdir()) == ["mp_rank_00_000", "mp_rank_00_001"]
+    assert {n for n in first ^ last} == {
+        "embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"
+    }  # fmt: skip
+    assert all("layers.0." in name for name in first & last)
+
+
+def test_transformer_engine_keeps_norms_with_the_linear_layers_behind_them(folders, tmp_path):
+    """Names as in Megatron-Core's own specs, whose sharded_state_dict_keys_map says the same."""
+    for family, fused in {"llama": True, "mixtral": False}.items():
+        out = convert(folders / family, Layout(2, implementation="transformer_engine"), tmp_path / family)
+        names = MegatronCheckpoint(out)._states[0, 0]["model"].keys()
+        assert "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in names
+        assert ("decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in names) == fused
+        assert ("decoder.layers.0.pre_mlp_layernorm.weight" in names) != fused
+        config = read_config(folders / family)
+        assert verify(config, Checkpoint(folders / family, config), out, silent) > 10
+
+
+def test_nothing_but_tensors_and_plain_values(folders, tmp_path):
+    out = convert(folders / "llama", Layout(2), tmp_path / "m")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = torch.load(out / "release/mp_rank_01/model_optim_rng.pt", weights_only=True)
+    assert state.keys() == {"args", "checkpoint_version", "iteration", "model"}
+    assert all(type(value) in (int, float, str, bool) for value in vars(state["args"]).values())
+    assert (out / "latest_checkpointed_iteration.txt").read_text() == "release"
+
+
+# --- what is wrong is said --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def converted(folders, tmp_path):
+    config = read_config(folders / "llama")
+    write(config, Checkpoint(folders / "llama", config), tmp_path / "m", Layout(2), silent)
+    return tmp_path / "m"
+
+
+def spoil(folder, change, rank=1):
+    path = folder / f"release/mp_rank_{rank:02d}/model_optim_rng.pt"
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = torch.load(path, weights_only=True)
+    change(state["model"])
+    torch.save(state, path)
+
+
+def one_bit(model):
+    model["decoder.layers.1.mlp.linear_fc2.weight"].view(torch.int32)[3, 5] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (one_bit, r"layers\.1\.mlp\.down_proj\.weight is not the model's"),
+        (
+            lambda m: m["decoder.layers.0.input_layernorm.weight"].neg_(),
+            "input_layernorm.weight is not the same on all",
+        ),
+        (lambda m: m.pop("output_layer.weight"), "stage 0 has no 'output_layer.weight'"),
+        (lambda m: m.update(extra=torch.ones(1)), "holds extra, which a Llama with its config.json lacks"),
+    ],
+)
+def test_verify_finds_what_differs(folders, converted, change, message):
+    spoil(converted, change)
+    config = read_config(folders / "llama")
+    with pytest.raises(ModelError, match=message):
+        verify(config, Checkpoint(folders / "llama", config), converted, silent)
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("evil", "w"))
+
+
+def test_a_pickle_is_never_run(converted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"args": Evil(), "model": {}}, converted / "release/mp_rank_00/model_optim_rng.pt")
+    with pytest.raises(ModelError, match="cannot be read as plain tensors"):
+        MegatronCheckpoint(converted)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_folders_that_are_no_checkpoints(converted, tmp_path):
+    with pytest.raises(ModelError, match="nowhere has no latest_checkpointed_iteration.txt"):
+        MegatronCheckpoint(tmp_path / "nowhere")
+    (converted / "release/mp_rank_01/model_optim_rng.pt").unlink()
+    with pytest.raises(ModelError, match="mp_rank_01.* cannot be read"):
+        MegatronCheckpoint(converted)
+    shutil.rmtree(converted / "release")
+    with pytest.raises(ModelError, match=r'release has no mp_rank_\* folders; only the "torch" format is read'):
+        MegatronCheckpoint(converted)
+
+
+def test_flags_and_limits(folders, tmp_path):
+    gemma, mistral = read_config(folders / "gemma2"), read_config(folders / "mistral")
+    assert "--spec megatron_lowbit.engines.megatron_spec spec" in command_line(gemma, Layout(2), tmp_path)
+    assert any("capped at 5.0" in limit for limit in limits(gemma, Layout(2)))
+    assert arguments(mistral, Layout(2, implementation="transformer_engine"))["window_size"] == "6,0"
+    assert "window_size" not in arguments(mistral, Layout(2))
+    assert not limits(read_config(folders / "llama"), Layout(2))
+    scaled = {
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192.0,
+    }
+    config = dataclasses.replace(read_config(folders / "llama"), rope_type="llama3", rope=scaled)
+    assert "--use-rope-scaling --rope-scaling-factor 32.0" in command_line(config, Layout(2), tmp_path)
+    assert "whatever flags say" in limits(config, Layout(2))[0]
+    assert not limits(dataclasses.replace(config, rope=scaled | {"factor": 8.0}), Layout(2))
