@@ -124,7 +124,7 @@ def test_every_reduce_of_an_unedited_script_is_compressed(ranks, folder):
 def test_rank_0_says_in_one_line_what_was_sent(ranks):
     line = "lowbit: int6:g32: 4 calls at 4 sites, 3200 bytes sent, 7168 in bf16; paths: one-shot 4\n"
     assert line in ranks[0]["before"]["err"] and line not in ranks[1]["before"]["err"]
-    assert "without --lowbit-comm nothing is compressed" in ranks[0]["none"]["err"]
+    assert "no --lowbit-comm: the script runs as it is" in ranks[0]["none"]["err"]
 
 
 def test_flags_show_in_the_scripts_args_and_help(ranks):
@@ -157,7 +157,10 @@ def test_a_script_with_a_parser_of_its_own_never_sees_the_flags(ranks, folder):
         ("unused", "it built 4 layers to compress (layers.0.attention …) and ran none of them"),
         ("too small", "all 4 calls went exact (below min_bytes); lower --lowbit-comm-min-bytes"),
         ("not selected", "all 4 calls went exact (site not selected)"),
-        ("te", "layers.0.mlp is a TERowParallelLinear, whose reduce is not covered in this version: build the model "),
+        (
+            "te",
+            "layers.0.mlp is a TEFusedMLP, which reduces among Transformer Engine's fused operations: set use_te_op",
+        ),
         ("other tp", "calibration four.safetensors was made for TP 4, this group has 2 ranks: run calibrate --tp 2"),
     ],
 )
