@@ -68,6 +68,9 @@ def _everything(rank, world, folder):
     run("te debug", "--debug", *SPEC, own=(*TP2, "--build", "te"))
     run("tp 1", *SPEC, own=("--tensor-model-parallel-size", "1"))
     run("other tp", *SPEC[:1], "selective4:outliers=1/8", "--lowbit-comm-calibration", f"{folder}/four.safetensors")
+    sys.path.append(f"{folder}/not nvidias")
+    run("apex", *SPEC)
+    sys.path.pop()
     run("unknown", *SPEC, own=("--no-such-option",))
     run("own parser", *SPEC, script=f"{folder}/own_parser.py", own=("--", "--lowbit-comm", "a b"))
     run("raises", script=f"{folder}/raises.py", own=())
@@ -98,6 +101,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     for name, text in (("own_parser", OWN_PARSER), ("raises", RAISES), ("exits", EXITS)):
         (folder / f"{name}.py").write_text(text)
+    (folder / "not nvidias" / "apex").mkdir(parents=True)
+    (folder / "not nvidias" / "apex" / "__init__.py").write_text("")
     random_calibration(SITES, 4, 64, "1/8").save(folder / "four.safetensors")
     return folder
 
@@ -180,6 +185,11 @@ def test_a_tensor_parallel_size_of_one_warns_and_runs(ranks):
     for rank in ranks:
         assert rank["tp 1"]["code"] == 0 and "logits" in rank["tp 1"]
     assert "compresses nothing with a tensor-parallel size of 1" in ranks[0]["tp 1"]["err"]
+
+
+def test_an_apex_that_is_not_nvidias_is_named(ranks):
+    assert [rank["apex"]["code"] for rank in ranks] == [0, 0]
+    assert "apex/__init__.py is not NVIDIA's" in ranks[0]["apex"]["err"] and "apex" not in ranks[1]["apex"]["err"]
 
 
 def test_errors_and_exit_codes_are_the_scripts_own(ranks, folder):
