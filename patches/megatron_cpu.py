@@ -123,27 +123,29 @@ def enable_training() -> Handle:
         put(torch.cuda, "LongTensor", torch.LongTensor)
         for name in ("range_push", "range_pop"):
             put(torch.cuda.nvtx, name, lambda *args: None)
-        try:
-            from megatron.training import arguments, initialize
-        except ImportError:
-            return _training
-        import megatron.training
-
-        allowed = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
-        for module in (megatron.training, initialize):
-            if hasattr(module, "initialize_megatron"):
-                put(module, "initialize_megatron", allowed)
-        put(initialize, "_compile_dependencies", lambda: None)
-        if hasattr(arguments, "get_device_arch_version"):
-            put(arguments, "get_device_arch_version", lambda: 0)
-        from megatron.core.inference.contexts import dynamic_context
-
-        if hasattr(dynamic_context, "triton_append_key_value_cache"):  # refuses CPU tensors, beside a plain one
-            put(dynamic_context, "triton_append_key_value_cache", None)
-        for name in ("megatron.core.inference.communication_utils", "megatron.inference.text_generation.communication"):
-            with suppress(ImportError):  # releases have one or both of them
-                put(import_module(name), "_is_cuda", lambda tensor: None)
+        _answer_megatron_lm(put)
     return _training
+
+
+def _answer_megatron_lm(put: Callable) -> None:
+    try:
+        import megatron.training
+        from megatron.core.inference.contexts import dynamic_context
+        from megatron.training import arguments, initialize
+    except (ImportError, SyntaxError):  # not there, or for a newer Python
+        return
+    allowed = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+    for module in (megatron.training, initialize):
+        if hasattr(module, "initialize_megatron"):
+            put(module, "initialize_megatron", allowed)
+    put(initialize, "_compile_dependencies", lambda: None)
+    if hasattr(arguments, "get_device_arch_version"):
+        put(arguments, "get_device_arch_version", lambda: 0)
+    if hasattr(dynamic_context, "triton_append_key_value_cache"):  # refuses CPU tensors, beside a plain one
+        put(dynamic_context, "triton_append_key_value_cache", None)
+    for name in ("megatron.core.inference.communication_utils", "megatron.inference.text_generation.communication"):
+        with suppress(ImportError):  # releases have one or both of them
+            put(import_module(name), "_is_cuda", lambda tensor: None)
 
 
 def _on_cpu(function: Callable) -> Callable:

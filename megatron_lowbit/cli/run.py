@@ -94,13 +94,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _run(script: str, config: CommConfig | None, flags: argparse.Namespace, debug: bool) -> int:
+    # Asked otherwise, CUDA reads CUDA_VISIBLE_DEVICES now, and forks now count as bad; both are the script's to decide.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
     from ..patches import megatron_core, megatron_cpu
     from ..patches.megatron import apex, arguments, unedited
 
     if config is None:
-        _say("without --lowbit-comm nothing is compressed")
+        _say("no --lowbit-comm: the script runs as it is")
     elif launch.world_size() in (None, 1):
         arguments.fits(config, tp=1)
         config = None
@@ -112,12 +114,11 @@ def _run(script: str, config: CommConfig | None, flags: argparse.Namespace, debu
     handle = megatron_core.enable(config) if config is not None else None
 
     def conclude(check: bool = True) -> None:
-        if handle is not None and not {"-h", "--help"} & set(sys.argv):
-            stats = telemetry.stats()
-            if stats or check:
-                _summary(config, stats, flags.lowbit_comm_json)
-            if check and around.tp != 1:
-                _check(script, config, handle.sites, stats)
+        stats, check = telemetry.stats(), check and handle is not None and not {"-h", "--help"} & set(sys.argv)
+        if stats or check:
+            _summary(config, stats, flags.lowbit_comm_json)
+        if check and around.tp != 1:
+            _check(script, config, handle.sites, stats)
 
     try:
         with _exits(conclude):
@@ -213,7 +214,7 @@ def _check(script: str, config: CommConfig, sites: list[str], stats: dict[str, d
     raise ModelError(f"nothing was compressed by {Path(script).name}: {why}; docs/megatron.md says what to look for")
 
 
-def _summary(config: CommConfig, stats: dict[str, dict], file: Path | None) -> None:
+def _summary(config: CommConfig | None, stats: dict[str, dict], file: Path | None) -> None:
     """One line on stderr, and the file, from rank 0."""
     if os.environ.get("RANK", "0") != "0":
         return
@@ -222,7 +223,7 @@ def _summary(config: CommConfig, stats: dict[str, dict], file: Path | None) -> N
     for site in stats.values():
         for path, calls in site["paths"].items():
             paths[path] = paths.get(path, 0) + calls
-    spec = "exact" if config.algorithm == "exact" else config.spec
+    spec = "the script's own" if config is None else "exact" if config.algorithm == "exact" else config.spec
     taken = ", ".join(f"{path} {calls}" for path, calls in sorted(paths.items())) or "none"
     _say(
         f"{spec}: {total['calls']} calls at {len(stats)} sites, {total['bytes_sent']} bytes sent, "

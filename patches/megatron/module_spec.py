@@ -47,10 +47,10 @@ def lowbit_spec(spec: Any, config: CommConfig) -> Any:
     def swap(kind: type) -> type:
         uncovered = [base.__name__ for base in kind.__mro__ if base.__name__ in megatron_core.UNCOVERED]
         if uncovered:
-            raise ModelError(f"a layer of the spec is a {uncovered[0]}, {megatron_core.UNCOVERED[uncovered[0]]}")
+            raise ModelError(f"the spec has a {kind.__name__}, {megatron_core.UNCOVERED[uncovered[0]]}")
         methods: dict[str, Callable] = {}
         for owner, name, wrap in wrappers:
-            if issubclass(kind, owner):
+            if issubclass(kind, owner) and getattr(kind, name) is getattr(owner, name):  # not one of its own
                 methods[name] = wrap(methods.get(name, getattr(kind, name)))
         if methods:
             replaced.append(kind)

@@ -30,7 +30,7 @@ class Surroundings:
         self._replacements.set(parallel_state, "initialize_model_parallel", self._watched())
         try:
             from megatron.training import arguments
-        except ImportError:
+        except (ImportError, SyntaxError):  # not there, or for a newer Python
             arguments = None
         self.flagged = hasattr(arguments, "add_megatron_arguments")
         if self.flagged:

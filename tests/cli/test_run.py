@@ -68,6 +68,9 @@ def _everything(rank, world, folder):
     run("te debug", "--debug", *SPEC, own=(*TP2, "--build", "te"))
     run("tp 1", *SPEC, own=("--tensor-model-parallel-size", "1"))
     run("other tp", *SPEC[:1], "selective4:outliers=1/8", "--lowbit-comm-calibration", f"{folder}/four.safetensors")
+    sys.path.append(f"{folder}/not nvidias")
+    run("apex", *SPEC)
+    sys.path.pop()
     run("unknown", *SPEC, own=("--no-such-option",))
     run("own parser", *SPEC, script=f"{folder}/own_parser.py", own=("--", "--lowbit-comm", "a b"))
     run("raises", script=f"{folder}/raises.py", own=())
@@ -98,6 +101,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     for name, text in (("own_parser", OWN_PARSER), ("raises", RAISES), ("exits", EXITS)):
         (folder / f"{name}.py").write_text(text)
+    (folder / "not nvidias" / "apex").mkdir(parents=True)
+    (folder / "not nvidias" / "apex" / "__init__.py").write_text("")
     random_calibration(SITES, 4, 64, "1/8").save(folder / "four.safetensors")
     return folder
 
@@ -124,7 +129,7 @@ def test_every_reduce_of_an_unedited_script_is_compressed(ranks, folder):
 def test_rank_0_says_in_one_line_what_was_sent(ranks):
     line = "lowbit: int6:g32: 4 calls at 4 sites, 3200 bytes sent, 7168 in bf16; paths: one-shot 4\n"
     assert line in ranks[0]["before"]["err"] and line not in ranks[1]["before"]["err"]
-    assert "without --lowbit-comm nothing is compressed" in ranks[0]["none"]["err"]
+    assert "no --lowbit-comm: the script runs as it is" in ranks[0]["none"]["err"]
 
 
 def test_flags_show_in_the_scripts_args_and_help(ranks):
@@ -157,7 +162,10 @@ def test_a_script_with_a_parser_of_its_own_never_sees_the_flags(ranks, folder):
         ("unused", "it built 4 layers to compress (layers.0.attention …) and ran none of them"),
         ("too small", "all 4 calls went exact (below min_bytes); lower --lowbit-comm-min-bytes"),
         ("not selected", "all 4 calls went exact (site not selected)"),
-        ("te", "layers.0.mlp is a TERowParallelLinear, whose reduce is not covered in this version: build the model "),
+        (
+            "te",
+            "layers.0.mlp is a TEFusedMLP, which reduces among Transformer Engine's fused operations: set use_te_op",
+        ),
         ("other tp", "calibration four.safetensors was made for TP 4, this group has 2 ranks: run calibrate --tp 2"),
     ],
 )
@@ -177,6 +185,11 @@ def test_a_tensor_parallel_size_of_one_warns_and_runs(ranks):
     for rank in ranks:
         assert rank["tp 1"]["code"] == 0 and "logits" in rank["tp 1"]
     assert "compresses nothing with a tensor-parallel size of 1" in ranks[0]["tp 1"]["err"]
+
+
+def test_an_apex_that_is_not_nvidias_is_named(ranks):
+    assert [rank["apex"]["code"] for rank in ranks] == [0, 0]
+    assert "apex/__init__.py is not NVIDIA's" in ranks[0]["apex"]["err"] and "apex" not in ranks[1]["apex"]["err"]
 
 
 def test_errors_and_exit_codes_are_the_scripts_own(ranks, folder):

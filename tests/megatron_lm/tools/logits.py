@@ -35,8 +35,8 @@ def build(args):
         attention_dropout=0.0,
     )
     spec = get_gpt_layer_local_spec(normalization="LayerNorm")
-    if args.build == "te":  # a stand-in for Transformer Engine's layer, which reduces by itself
-        spec.submodules.mlp.submodules.linear_fc2 = type("TERowParallelLinear", (RowParallelLinear,), {})
+    if args.build == "te":  # a stand-in for a layer of Transformer Engine's that reduces where nobody reaches
+        spec.submodules.mlp.submodules.linear_fc2 = type("TEFusedMLP", (RowParallelLinear,), {})
     model = GPTModel(config, spec, vocab_size=96, max_sequence_length=32, position_embedding_type="rope").eval()
     for index, (_, parameter) in enumerate(model.named_parameters()):
         rank = mpu.get_tensor_model_parallel_rank() if getattr(parameter, "tensor_model_parallel", False) else 0

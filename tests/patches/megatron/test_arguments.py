@@ -12,7 +12,7 @@ from megatron_lowbit.patches.megatron.arguments import OPTIONS, add_lowbit_args,
 from tests.calibrations import random_calibration
 from tests.ranks import run_ranks
 
-SITES = [f"layers.{layer}.{kind}" for layer in range(3) for kind in ("attention", "mlp")]
+SITES = [f"layers.{layer}.{kind}" for layer in range(2) for kind in ("attention", "mlp")]
 
 
 def parse(*argv, provider=add_lowbit_args, tp=2):
@@ -131,8 +131,9 @@ def _two_lines(rank, world):
     import torch
 
     from megatron_lowbit.patches import megatron_core
-    from tests.patches.test_megatron_core import _build, _logits
+    from tests.megatron_models import gpt, logits, settings, start
 
+    start(world)
     args = parse(
         "--lowbit-comm", "int6:g32", "--lowbit-comm-algorithm", "one-shot", provider=megatron_core.add_lowbit_args
     )
@@ -144,7 +145,7 @@ def _two_lines(rank, world):
     except lowbit.ConfigError as error:
         other = str(error)
     with torch.no_grad(), handle:
-        _logits(_build(world))
+        logits(gpt(settings(world)))
     return {"again": again, "other": other, "stats": lowbit.stats()}
 
 

@@ -8,21 +8,15 @@ import torch
 
 import megatron_lowbit as lowbit
 from tests.calibrations import random_calibration
-from tests.megatron_models import gpt, settings
-from tests.patches.test_megatron_core import HIDDEN, LAYERS, SITES, _build, _logits, _uncovered
+from tests.megatron_models import HIDDEN, gpt, logits, settings, start
 from tests.ranks import run_ranks
 
+SITES = [f"layers.{layer}.{kind}" for layer in range(2) for kind in ("attention", "mlp")]
 CONFIG = lowbit.CommConfig(spec="int6:g32", algorithm="one-shot")
 
 
-def _model(spec):
-    """A model of this spec with the weights that `_build` gives."""
-    from megatron.core.models.gpt import GPTModel
-
-    plain = _build(2)
-    model = GPTModel(plain.config, spec, vocab_size=96, max_sequence_length=32, position_embedding_type="rope").eval()
-    model.load_state_dict(plain.state_dict())
-    return model
+def _model(spec=None):
+    return gpt(settings(2), spec)
 
 
 def _refused(function, *args):
@@ -44,11 +38,12 @@ def _everything(rank, world):
 
     from megatron_lowbit.patches import megatron_core
 
-    lowbit_spec, plain = megatron_core.lowbit_spec, _build(world)
+    start(world)
+    lowbit_spec, plain = megatron_core.lowbit_spec, _model()
     originals = RowParallelLinear.forward, RowParallelLinear.__init__, TransformerLayer.__init__
     with megatron_core.enable(CONFIG, plain):
-        results = {"expected": _logits(plain)}
-    results["exact"] = _logits(plain)
+        results = {"expected": logits(plain)}
+    results["exact"] = logits(plain)
 
     def layer(row=None):
         spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="LayerNorm")
@@ -57,17 +52,17 @@ def _everything(rank, world):
         return spec
 
     by_path = layer(ModuleSpec(("megatron.core.tensor_parallel.layers", "RowParallelLinear")))
-    block = TransformerBlockSubmodules([layer()] * LAYERS, gpt_layer_specs.LNImpl)
+    block = TransformerBlockSubmodules([layer()] * 2, gpt_layer_specs.LNImpl)
     specs = {"layer": layer(), "by path": by_path, "block": block, "whole": ModuleSpec(TransformerBlock, {}, block)}
     for name, spec in specs.items():
         before = pickle.dumps(spec)
         model = _model(lowbit_spec(spec, CONFIG))
         lowbit.reset_stats()
-        logits = _logits(model)
-        results[name] = [logits, lowbit.stats(), pickle.dumps(spec) == before]
+        computed = logits(model)
+        results[name] = [computed, lowbit.stats(), pickle.dumps(spec) == before]
         results[f"{name} keys"] = list(model.state_dict()) == list(plain.state_dict())
     lowbit.reset_stats()
-    results["others exact"] = torch.equal(_logits(plain), results["exact"]) and lowbit.stats() == {}
+    results["others exact"] = torch.equal(logits(plain), results["exact"]) and lowbit.stats() == {}
     results["classes"] = (RowParallelLinear.forward, RowParallelLinear.__init__, TransformerLayer.__init__) == originals
 
     given = [functools.partial(MLP, submodules={"linear_fc2": (RowParallelLinear,)})]  # as newer releases write specs
@@ -78,7 +73,11 @@ def _everything(rank, world):
     class OwnMLP(MLP):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.linear_fc2 = _build(world).decoder.layers[0].mlp.linear_fc2
+            self.linear_fc2 = _model().decoder.layers[0].mlp.linear_fc2
+
+    class OwnRow(RowParallelLinear):
+        def forward(self, *args):
+            return super().forward(*args)
 
     own = layer()
     own.submodules.mlp.module = OwnMLP
@@ -91,9 +90,10 @@ def _everything(rank, world):
     calibrated = lowbit.CommConfig("selective4:outliers=1/8", "two-step", calibration=few)
     results["refused"] = [
         _refused(lowbit_spec, ModuleSpec(torch.nn.Linear), CONFIG),
-        _refused(lowbit_spec, layer(_uncovered()), CONFIG),
+        _refused(lowbit_spec, layer(type("TEFusedMLP", (RowParallelLinear,), {})), CONFIG),
         _refused(lowbit_spec, layer(), "int8"),
         _refused(lambda: _model(lowbit_spec(own, CONFIG))),
+        _refused(lambda: _model(lowbit_spec(layer(OwnRow), CONFIG))),
         _refused(lambda: _model(lowbit_spec(layer(), calibrated))),
         _refused(megatron_core.enable, CONFIG, model),
         _refused(lowbit_spec, layer(), lowbit.CommConfig("int6:g32", sites=("layers.*", "embedding"))),
@@ -133,9 +133,10 @@ def test_specs_nest_in_partials_lists_tuples_and_dicts(ranks):
 def test_what_would_not_be_compressed_is_an_error(ranks):
     expected = [
         "ModelError: no row-parallel layer in the ModuleSpec",
-        "ModelError: a layer of the spec is a TEFusedMLP, which reduces among Transformer Engine's fused operations",
+        "ModelError: the spec has a TEFusedMLP, which reduces among Transformer Engine's fused operations",
         "ConfigError: config is 'int8': pass a CommConfig",
         "layers.0.mlp would go uncompressed: the RowParallelLinear at mlp.linear_fc2 is out of the spec's reach",
+        "layers.0.mlp would go uncompressed: the OwnRow at mlp.linear_fc2 is out of the spec's reach",
         "lacks layers.1.mlp",
         "ModelError: layers.0.attention is enabled already",
         "ConfigError: embedding is not part of a layer's spec",
