@@ -116,6 +116,69 @@ def test_a_model_built_from_the_flags_computes_the_same(tmp_path):
         assert max(differences.values()) < 1e-4, differences
 
 
+def staged_logits(rank, world, folders):
+    """Two pipeline stages on two ranks: each loads its file strictly, the first sends the second what it computes."""
+    import torch.distributed as dist
+
+    from megatron_lowbit.engines.megatron import quiet
+    from megatron_lowbit.engines.megatron_layers import layer_spec
+    from megatron_lowbit.patches import megatron_cpu
+
+    megatron_cpu.enable()
+    found = {}
+    positions = torch.arange(IDS.shape[1]).expand_as(IDS)
+    mask = torch.ones(1, 1, IDS.shape[1], IDS.shape[1], dtype=torch.bool).triu(1)
+    with quiet(), torch.inference_mode(), torch.serialization.safe_globals([argparse.Namespace]):
+        from megatron.core import parallel_state, tensor_parallel
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.transformer import TransformerConfig
+
+        parallel_state.initialize_model_parallel(1, 2, create_gloo_process_groups=False)
+        tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
+        for name, folder in folders.items():
+            model = read_config(f"{folder}/hf")
+            state = torch.load(f"{folder}/release/mp_rank_00_{rank:03d}/model_optim_rng.pt", weights_only=True)
+            config = TransformerConfig(
+                num_layers=model.layers, hidden_size=model.hidden, ffn_hidden_size=model.intermediate,
+                num_attention_heads=model.heads, num_query_groups=model.kv_heads, kv_channels=model.head_dim,
+                normalization="RMSNorm", layernorm_epsilon=model.norm_eps, gated_linear_unit=True,
+                activation_func=torch.nn.functional.silu, add_bias_linear=False, add_qkv_bias=model.family.qkv_bias,
+                pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, use_cpu_initialization=True,
+                perform_initialization=False,
+            )  # fmt: skip
+            stage = GPTModel(
+                config, layer_spec(model, 2), 128, model.max_positions, pre_process=rank == 0, post_process=rank == 1,
+                share_embeddings_and_output_weights=model.tied, position_embedding_type="rope",
+                rotary_base=model.rope_theta,
+            ).eval()  # fmt: skip
+            stage.load_state_dict(state["model"], strict=True)
+            if rank == 0:
+                dist.send(stage(IDS, positions, mask).contiguous(), 1)
+                found[name] = torch.zeros(1)
+            else:
+                hidden = torch.empty(IDS.shape[1], IDS.shape[0], model.hidden)
+                dist.recv(hidden, 0)
+                stage.set_input_tensor(hidden)
+                found[name] = stage(IDS, positions, mask)[..., :61].clone()
+    return found
+
+
+@pytest.mark.slow
+def test_stages_compute_what_one_model_does(tmp_path):
+    folders, expected = {}, {}
+    for family, changes in {
+        "qwen2": {"tie_word_embeddings": True},
+        "gemma2": {"final_logit_softcapping": None},
+    }.items():
+        model = random_model(family, **changes)
+        model.save_pretrained(tmp_path / family)
+        with torch.no_grad():
+            expected[family] = model(IDS).logits
+        folders[family] = str(convert(tmp_path / family, Layout(1, 2)))
+    logits = run_ranks(2, staged_logits, folders)[1]
+    assert max((logits[name] - expected[name]).abs().max().item() for name in folders) < 1e-4
+
+
 # --- files: nothing below needs Megatron or ranks ---------------------------------------------------------------------
 
 
