@@ -76,7 +76,7 @@ def _split_forward(site: str, layer: torch.nn.Linear, tp: int, reduce: Reduce) -
 
 
 def _split_experts(site: str, experts: torch.nn.Module, tp: int, reduce: Reduce) -> Callable:
-    """Experts as Transformers keeps them: gate_up_proj [experts, gate and up, hidden], down_proj [experts, hidden, up]."""
+    """Experts as Transformers has them: gate_up_proj [experts, gate and up, hidden], down_proj [experts, hidden, up]"""
     gates, ups = (half.chunk(tp, dim=1) for half in experts.gate_up_proj.chunk(2, dim=1))
     downs, whole = experts.down_proj.chunk(tp, dim=2), type(experts).forward
     parts = [
