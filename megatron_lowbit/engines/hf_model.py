@@ -23,6 +23,9 @@ ROPE_NUMBERS = {  # rope type: the numbers config.json must give with it
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+MEGATRON_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                   "original_max_position_embeddings": 8192.0}  # fmt: skip
+
 
 INTEGERS = (
     "num_hidden_layers",
@@ -76,6 +79,11 @@ class ModelConfig:
         """Where ranks reduce partial sums, in the order of the forward pass."""
         kinds = ("attention", "moe" if self.experts else "mlp")
         return [f"layers.{layer}.{kind}" for layer in range(self.layers) for kind in kinds]
+
+    @property
+    def needs_own_rotary(self) -> bool:
+        """Whether Megatron-LM's scripts cannot pass its rope scaling on to Megatron: they know one set of numbers."""
+        return self.rope_type == "linear" or (self.rope_type == "llama3" and self.rope != MEGATRON_LLAMA3)
 
     @property
     def needs_own_layers(self) -> bool:

@@ -10,11 +10,9 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from .hf_model import ModelConfig, query_groups
+from .hf_model import MEGATRON_LLAMA3, ModelConfig, query_groups
 from .megatron_names import LOCAL
 
-MEGATRON_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                   "original_max_position_embeddings": 8192.0}  # fmt: skip
 SPEC = ("megatron_lowbit.engines.megatron_spec", "spec")
 
 
@@ -36,7 +34,7 @@ class Layout:
 
 def needs_spec(config: ModelConfig, layout: Layout) -> bool:
     """Whether a script needs `--spec` of this package; Transformer Engine has windows of its own."""
-    return config.needs_own_layers and (layout.implementation == LOCAL or config.family.gemma)
+    return layout.implementation == LOCAL and (config.needs_own_layers or config.needs_own_rotary)
 
 
 def arguments(config: ModelConfig, layout: Layout) -> dict[str, object]:
@@ -70,9 +68,8 @@ def arguments(config: ModelConfig, layout: Layout) -> dict[str, object]:
         found["add_qkv_bias"] = True
     if config.family.qk_norm:
         found["qk_layernorm"] = True
-    if config.rope_type == "llama3":
+    if config.rope_type == "llama3" and not config.needs_own_rotary:
         found["use_rope_scaling"] = True
-        found["rope_scaling_factor"] = config.rope["factor"]
     if config.experts:
         found |= {
             "num_experts": config.experts,
@@ -130,12 +127,11 @@ def namespace(config: ModelConfig, layout: Layout) -> argparse.Namespace:
 def limits(config: ModelConfig, layout: Layout) -> list[str]:
     """What Megatron-LM's own scripts would compute otherwise than the model does, in sentences."""
     found = []
-    if config.rope_type == "llama3" and config.rope != MEGATRON_LLAMA3:
+    if config.needs_own_rotary and not needs_spec(config, layout):
         found.append(
-            f"its rope scaling is {config.rope}; Megatron-LM's scripts build {MEGATRON_LLAMA3}, whatever flags say"
+            f"its rope scaling is {config.rope_type} {config.rope}, and scripts know only llama3 {MEGATRON_LLAMA3}: "
+            "convert with --transformer-impl local, whose spec takes care of it"
         )
-    if config.rope_type == "linear":
-        found.append("its rope scaling is linear, which Megatron-LM's scripts do not pass on to the model")
     if config.rope_theta != int(config.rope_theta):
         found.append(f"its rotary base is {config.rope_theta}, and Megatron-LM's --rotary-base is a whole number")
     if config.logit_cap is not None:

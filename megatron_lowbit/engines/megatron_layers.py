@@ -1,4 +1,4 @@
-"""Layers that Megatron-Core's local spec lacks: windowed and capped attention scores, and Gemma 2's norms.
+"""Layers that Megatron-Core's local spec lacks: windows and caps for attention, rope scalings, Gemma 2's norms.
 
 Thin: each is Megatron's own class with one part replaced. In the releases before 0.15 local attention refuses windows,
 in later ones it makes their mask on "cuda", so models with windows are built with the attention of this file.
@@ -7,6 +7,7 @@ in later ones it makes their mask on "cuda", so models with windows are built wi
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from .hf_model import ModelConfig
+from ..errors import ModelError
+from .hf_model import ROPE_NUMBERS, ModelConfig
 
 
 class MaskedSoftmax(torch.nn.Module):
@@ -113,16 +116,40 @@ def attention(model: ModelConfig) -> type[DotProductAttention]:
     return Attention
 
 
-def layer_spec(config: ModelConfig, stages: int = 1) -> ModuleSpec | TransformerBlockSubmodules:
+def rotary(model: ModelConfig) -> type[SelfAttention]:
+    """Megatron's self-attention, which scales the unscaled angles that it is given as this model's rope asks."""
+    plain = model.rope_theta ** -(torch.arange(0, model.head_dim, 2).double() / model.head_dim)
+    if model.rope_type == "linear":
+        ratio = torch.full_like(plain, 1 / model.rope["factor"])
+    else:
+        factor, low, high, positions = (model.rope[name] for name in ROPE_NUMBERS["llama3"])
+        turns = positions * plain / (2 * math.pi)  # over the original positions: few turns are stretched, many are not
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        ratio = kept + (1 - kept) / factor
+    ratio = torch.cat([ratio, ratio]).float()
+
+    class Attention(SelfAttention):
+        def forward(self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any) -> Any:
+            if rotary_pos_emb is None:  # so with flash decoding, whose angles come as cosines
+                raise ModelError(f"rope scaling {model.rope_type} needs angles: build the model without flash decoding")
+            return super().forward(*args, rotary_pos_emb=rotary_pos_emb * ratio.to(rotary_pos_emb.device), **kwargs)
+
+    return Attention
+
+
+def layer_spec(config: ModelConfig, stages: int = 1, rope: bool = False) -> ModuleSpec | TransformerBlockSubmodules:
     """What GPTModel takes as `transformer_layer_spec`, on each of `stages` pipeline stages.
 
-    Megatron's local spec, changed where the family asks for it.
+    Megatron's local spec, changed where the family asks for it. With `rope`, the layers scale the angles of a model
+    that was built without rope scaling, if it needs any that Megatron's scripts lack.
     """
     layers = config.layers // stages
     experts = {"num_experts": config.experts, "moe_grouped_gemm": False} if config.experts else {}
     spec = get_gpt_layer_local_spec(qk_layernorm=config.family.qk_norm, normalization="RMSNorm", **experts)
     if config.needs_own_layers:
         spec.submodules.self_attention.submodules.core_attention = attention(config)
+    if rope and config.needs_own_rotary:
+        spec.submodules.self_attention.module = rotary(config)
     if not config.family.gemma:
         return spec
     spec.module = GemmaLayer

@@ -1,7 +1,8 @@
 """For Megatron-LM's own scripts: `--spec megatron_lowbit.engines.megatron_spec spec` with a converted `--load DIR`.
 
-Needed by models whose layers Megatron's local spec lacks (Gemma 2, sliding windows). `spec` is made at import, because
-scripts take it from the module as it stands; they do so when their arguments are parsed and a model is to be built.
+Needed by models whose layers Megatron's local spec lacks (Gemma 2, sliding windows, most rope scalings). `spec` is made
+at import, because scripts take it from the module as it stands; they do so when a model is to be built, with their
+arguments parsed.
 """
 
 from __future__ import annotations
@@ -21,4 +22,4 @@ except (ImportError, AssertionError) as error:
         f"megatron_spec is for --spec of a Megatron-LM script ({error}): call layer_spec instead"
     ) from error
 
-spec = layer_spec(read_config(Path(_arguments.load or ".") / "hf"), _arguments.pipeline_model_parallel_size)
+spec = layer_spec(read_config(Path(_arguments.load or ".") / "hf"), _arguments.pipeline_model_parallel_size, rope=True)

@@ -90,10 +90,11 @@ def test_logits_equal_transformers(tmp_path):
 
 
 def generated(rank, world, folders):
-    """Greedy tokens of every folder: prompts together, and step by step through the cache of keys and values."""
+    """Greedy tokens of every folder, step by step through the cache of keys and values; and what compression counts."""
     import contextlib
     import tempfile
 
+    import megatron_lowbit as lowbit
     from megatron_lowbit.engines.base import Sampling
     from megatron_lowbit.engines.megatron import MegatronEngine
 
@@ -104,7 +105,13 @@ def generated(rank, world, folders):
         contextlib.redirect_stdout(printed),
     ):
         for name, folder in folders.items():
-            found[name] = [list(g.tokens) for g in MegatronEngine(folder, world).generate(PROMPTS, Sampling(8))]
+            engine = MegatronEngine(folder, world)
+            found[name] = [list(g.tokens) for g in engine.generate(PROMPTS, Sampling(8))]
+            with lowbit.patches.megatron_core.enable(lowbit.CommConfig("int8:g32", min_bytes=0), engine.model):
+                lowbit.reset_stats()
+                engine.generate(PROMPTS, Sampling(8))
+            sites = {site: dict(said["paths"]) for site, said in lowbit.stats().items()}
+            found[f"{name} sites"] = {site: sites[site] for site in engine.config.sites if not site.endswith("moe")}
     return found
 
 
@@ -118,7 +125,12 @@ def test_greedy_text_is_transformers(tmp_path):
         ids = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in PROMPTS]
         texts = [model.generate(x, do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=None) for x in ids]
         expected[family] = [text[0, x.shape[1] :].tolist() for text, x in zip(texts, ids, strict=True)]
-    assert run_ranks(2, generated, folders, timeout=300) == [expected] * 2
+    for found in run_ranks(2, generated, folders, timeout=300):
+        assert {name: found[name] for name in folders} == expected
+        for family in folders:
+            paths = list(found[f"{family} sites"].values())
+            assert len(paths) >= 2 and all(each == paths[0] for each in paths)  # every site in every step
+            assert sum(paths[0].values()) >= 8 and "exact" not in paths[0]
 
 
 @pytest.mark.slow

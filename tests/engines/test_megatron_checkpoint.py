@@ -16,6 +16,13 @@ from tests.models import FAMILIES, random_model
 from tests.ranks import run_ranks
 
 IDS = torch.arange(48).view(2, 24) * 37 % 61
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
+SMALL = {"factor": 32.0, "original_max_position_embeddings": 32}  # so few positions that all three bands are there
+ROPES = {
+    "3.1": LLAMA3 | {"rope_type": "llama3", "rope_theta": 500000.0},
+    "3.2": LLAMA3 | SMALL | {"rope_type": "llama3", "rope_theta": 500.0},
+    "linear": {"rope_type": "linear", "factor": 2.5, "rope_theta": 5000.0},
+}
 
 
 def silent(name):
@@ -80,7 +87,7 @@ def megatron_logits(rank, world, folders):
             spec = get_gpt_layer_local_spec(config.num_moe_experts, False, config.qk_layernorm, normalization="RMSNorm")
             if "spec" in said:
                 assert said["spec"] == "megatron_lowbit.engines.megatron_spec spec"
-                spec = layer_spec(read_config(f"{folder}/hf"))
+                spec = layer_spec(read_config(f"{folder}/hf"), rope=True)
             model = GPTModel(
                 config,
                 spec,
@@ -89,6 +96,7 @@ def megatron_logits(rank, world, folders):
                 share_embeddings_and_output_weights="untie_embeddings_and_output_weights" not in said,
                 position_embedding_type=said["position_embedding_type"],
                 rotary_base=int(said["rotary_base"]),
+                rope_scaling="use_rope_scaling" in said,  # as scripts do it: with Megatron's own numbers
             ).eval()
             model.load_state_dict(state["model"], strict=True)
             found[name] = model(IDS, positions, mask, runtime_gather_output=True)[..., :61].clone()
@@ -104,16 +112,83 @@ def _number(text):
 
 def test_a_model_built_from_the_flags_computes_the_same(tmp_path):
     folders, expected = {}, {}
-    for family in FAMILIES:
-        changes = {"final_logit_softcapping": None} if family == "gemma2" else {}  # no spec reaches the logits
+    cases = {family: (family, {}) for family in FAMILIES}
+    cases["gemma2"] = ("gemma2", {"final_logit_softcapping": None})  # no spec reaches the logits
+    cases |= {f"llama-{name}": ("llama", {"rope_parameters": rope}) for name, rope in ROPES.items()}
+    for name, (family, changes) in cases.items():
+        model = random_model(family, **changes)
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            expected[name] = model(IDS).logits
+        folders[name] = str(convert(tmp_path / name, Layout(2)))
+    flags = {name: open(f"{folder}/megatron_args.txt").read() for name, folder in folders.items()}
+    assert [name for name in flags if "--use-rope-scaling" in flags[name]] == ["llama-3.1"]
+    for logits in run_ranks(2, megatron_logits, folders):
+        differences = {name: (logits[name] - expected[name]).abs().max().item() for name in folders}
+        assert max(differences.values()) < 1e-4, differences
+
+
+def staged_logits(rank, world, folders):
+    """Two pipeline stages on two ranks: each loads its file strictly, the first sends the second what it computes."""
+    import torch.distributed as dist
+
+    from megatron_lowbit.engines.megatron import quiet
+    from megatron_lowbit.engines.megatron_layers import layer_spec
+    from megatron_lowbit.patches import megatron_cpu
+
+    megatron_cpu.enable()
+    found = {}
+    positions = torch.arange(IDS.shape[1]).expand_as(IDS)
+    mask = torch.ones(1, 1, IDS.shape[1], IDS.shape[1], dtype=torch.bool).triu(1)
+    with quiet(), torch.inference_mode(), torch.serialization.safe_globals([argparse.Namespace]):
+        from megatron.core import parallel_state, tensor_parallel
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.transformer import TransformerConfig
+
+        parallel_state.initialize_model_parallel(1, 2, create_gloo_process_groups=False)
+        tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
+        for name, folder in folders.items():
+            model = read_config(f"{folder}/hf")
+            state = torch.load(f"{folder}/release/mp_rank_00_{rank:03d}/model_optim_rng.pt", weights_only=True)
+            config = TransformerConfig(
+                num_layers=model.layers, hidden_size=model.hidden, ffn_hidden_size=model.intermediate,
+                num_attention_heads=model.heads, num_query_groups=model.kv_heads, kv_channels=model.head_dim,
+                normalization="RMSNorm", layernorm_epsilon=model.norm_eps, gated_linear_unit=True,
+                activation_func=torch.nn.functional.silu, add_bias_linear=False, add_qkv_bias=model.family.qkv_bias,
+                pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, use_cpu_initialization=True,
+                perform_initialization=False,
+            )  # fmt: skip
+            stage = GPTModel(
+                config, layer_spec(model, 2), 128, model.max_positions, pre_process=rank == 0, post_process=rank == 1,
+                share_embeddings_and_output_weights=model.tied, position_embedding_type="rope",
+                rotary_base=model.rope_theta,
+            ).eval()  # fmt: skip
+            stage.load_state_dict(state["model"], strict=True)
+            if rank == 0:
+                dist.send(stage(IDS, positions, mask).contiguous(), 1)
+                found[name] = torch.zeros(1)
+            else:
+                hidden = torch.empty(IDS.shape[1], IDS.shape[0], model.hidden)
+                dist.recv(hidden, 0)
+                stage.set_input_tensor(hidden)
+                found[name] = stage(IDS, positions, mask)[..., :61].clone()
+    return found
+
+
+@pytest.mark.slow
+def test_stages_compute_what_one_model_does(tmp_path):
+    folders, expected = {}, {}
+    for family, changes in {
+        "qwen2": {"tie_word_embeddings": True},
+        "gemma2": {"final_logit_softcapping": None},
+    }.items():
         model = random_model(family, **changes)
         model.save_pretrained(tmp_path / family)
         with torch.no_grad():
             expected[family] = model(IDS).logits
-        folders[family] = str(convert(tmp_path / family, Layout(2)))
-    for logits in run_ranks(2, megatron_logits, folders):
-        differences = {name: (logits[name] - expected[name]).abs().max().item() for name in folders}
-        assert max(differences.values()) < 1e-4, differences
+        folders[family] = str(convert(tmp_path / family, Layout(1, 2)))
+    logits = run_ranks(2, staged_logits, folders)[1]
+    assert max((logits[name] - expected[name]).abs().max().item() for name in folders) < 1e-4
 
 
 # --- files: nothing below needs Megatron or ranks ---------------------------------------------------------------------
@@ -252,13 +327,7 @@ def test_flags_and_limits(folders, tmp_path):
     assert arguments(mistral, Layout(2, implementation="transformer_engine"))["window_size"] == "6,0"
     assert "window_size" not in arguments(mistral, Layout(2))
     assert not limits(read_config(folders / "llama"), Layout(2))
-    scaled = {
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192.0,
-    }
-    config = dataclasses.replace(read_config(folders / "llama"), rope_type="llama3", rope=scaled)
-    assert "--use-rope-scaling --rope-scaling-factor 32.0" in command_line(config, Layout(2), tmp_path)
-    assert "whatever flags say" in limits(config, Layout(2))[0]
-    assert not limits(dataclasses.replace(config, rope=scaled | {"factor": 8.0}), Layout(2))
+    config = dataclasses.replace(read_config(folders / "llama"), rope_type="llama3", rope=LLAMA3 | {"factor": 32.0})
+    assert "--spec" in command_line(config, Layout(2), tmp_path)
+    assert "and scripts know only llama3" in limits(config, Layout(2, implementation="transformer_engine"))[0]
+    assert not limits(dataclasses.replace(config, rope=LLAMA3), Layout(2))

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from megatron_lowbit.engines.hf_model import read_config
 from megatron_lowbit.engines.simulated_tp import row_parallel, simulated_tp
 from megatron_lowbit.errors import ModelError
 from tests.llama import tiny_llama
+from tests.models import FAMILIES, random_model
 
 IDS = torch.arange(20)[None] * 7 % 61
 SITES = ["layers.0.attention", "layers.0.mlp", "layers.1.attention", "layers.1.mlp"]
@@ -30,6 +32,41 @@ def test_the_sum_of_the_parts_is_the_whole(tp, bias):
         found = model(IDS).logits
     assert torch.allclose(found, expected, atol=1e-4)
     assert seen == [(site, tp, (1, 20, 32)) for site in SITES]
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_family_is_split_where_megatron_splits_it(family, tp, tmp_path):
+    model, seen = random_model(family), []
+    model.save_pretrained(tmp_path)
+
+    def reduce(site, partials):
+        seen.append(site)
+        assert len(partials) == tp and not torch.allclose(partials[0], partials[1], atol=0.01)
+        return exact(site, partials)
+
+    expected = model(IDS).logits
+    with simulated_tp(model, tp, reduce):
+        assert torch.allclose(model(IDS).logits, expected, atol=1e-4)
+    assert seen == read_config(tmp_path).sites == list(row_parallel(model))
+    assert torch.equal(model(IDS).logits, expected)
+
+
+@torch.no_grad()
+def test_partials_of_experts_are_those_of_weights_cut_by_hand():
+    """One token: its two experts, each with its share of the intermediate features, weighed and added."""
+    model, tp, found = random_model("mixtral"), 4, []
+    experts = model.model.layers[0].mlp.experts
+    x, chosen, weights = torch.randn(1, 32), torch.tensor([[2, 0]]), torch.tensor([[0.75, 0.25]])
+    with simulated_tp(model, tp, lambda site, partials: found.append(partials) or exact(site, partials)):
+        experts(x, chosen, weights)
+    for rank in range(tp):
+        span, total = slice(rank * 12, (rank + 1) * 12), 0
+        for expert, weight in zip(chosen[0], weights[0], strict=True):
+            gate, up = (half[span] @ x[0] for half in experts.gate_up_proj[expert].chunk(2))
+            total = total + weight * experts.down_proj[expert][:, span] @ (torch.nn.functional.silu(gate) * up)
+        assert torch.allclose(found[0][rank][0], total, atol=1e-5)
 
 
 @torch.no_grad()
