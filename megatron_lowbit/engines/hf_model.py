@@ -76,8 +76,8 @@ class ModelConfig:
 
     @property
     def sites(self) -> list[str]:
-        """Where ranks reduce partial sums, in the order of the forward pass."""
-        kinds = ("attention", "moe" if self.experts else "mlp")
+        """What the patch compresses unless told otherwise, in the order of the forward pass."""
+        kinds = ("attention", "moe.dispatch", "moe.combine") if self.experts else ("attention", "mlp")
         return [f"layers.{layer}.{kind}" for layer in range(self.layers) for kind in kinds]
 
     @property

@@ -28,7 +28,7 @@ def row_parallel(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         for index, layer in enumerate(model.model.layers):
             sites[f"layers.{index}.attention"] = layer.self_attn.o_proj
             experts = getattr(layer.mlp, "experts", None)
-            kind, summing = ("moe", experts) if experts is not None else ("mlp", layer.mlp.down_proj)
+            kind, summing = ("moe.combine", experts) if experts is not None else ("mlp", layer.mlp.down_proj)
             sites[f"layers.{index}.{kind}"] = summing
     except AttributeError as error:
         raise ModelError(

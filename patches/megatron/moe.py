@@ -85,9 +85,12 @@ def messages(module: torch.nn.Module, site: str, config: CommConfig) -> list[str
     if _covered(type(module.token_dispatcher)):
         return sent
     if any(config.selects(each) for each in sent):
+        kind = type(module.token_dispatcher)
+        inference = kind.__module__.endswith("token_dispatcher_inference")  # of inference_optimized, from 0.17 on
+        option = "--transformer-impl local" if inference else "--moe-token-dispatcher-type alltoall or allgather"
         raise ModelError(
-            f"{site} has a {type(module.token_dispatcher).__name__}, which communicates where this patch cannot reach: "
-            "use --moe-token-dispatcher-type alltoall or allgather, or leave its sites out (--lowbit-comm-sites)"
+            f"{site} has a {kind.__name__}, which communicates where this patch cannot reach: use {option}, or leave "
+            "its sites out (--lowbit-comm-sites)"
         )
     return []
 

@@ -187,6 +187,7 @@ def _refused(x):
     flex = object.__new__(token_dispatcher.MoEFlexTokenDispatcher)  # its __init__ wants DeepEP
     flex.tp_size, flex.ep_size = 1, 2
     derived = type("NVLSAllGatherVDispatcher", (type(mine),), {"token_dispatch": lambda self, *args: args})
+    derived.__module__ = "megatron.core.transformer.moe.token_dispatcher_inference"
     swapped = object.__new__(derived)
     swapped.__dict__.update(mine.__dict__)
     for other in (flex, swapped):
@@ -323,12 +324,14 @@ def test_a_calibration_of_other_ranks_leaves_unselected_experts_alone(two_ranks)
 
 
 def test_what_communicates_elsewhere_is_refused_by_name(two_ranks):
-    names = ["MoEFlexTokenDispatcher"] * 2 + ["NVLSAllGatherVDispatcher"] * 2
+    flex = ("MoEFlexTokenDispatcher", "--moe-token-dispatcher-type alltoall or allgather")
+    nvls = ("NVLSAllGatherVDispatcher", "--transformer-impl local")
     for rank in two_ranks:
         *dispatchers, shared = rank["refused"]
-        for message, name in zip(dispatchers, names, strict=True):
-            assert message.startswith(f"layers.0.moe has a {name}, which communicates where this patch cannot reach")
-            assert "--moe-token-dispatcher-type alltoall" in message
+        for message, (name, option) in zip(dispatchers, (flex, flex, nvls, nvls), strict=True):
+            assert message.startswith(
+                f"layers.0.moe has a {name}, which communicates where this patch cannot reach: use {option}, or leave"
+            )
         assert shared.startswith(f"{SHARED} is a FusedSharedExpertMLP, which reduces around Transformer Engine")
 
 

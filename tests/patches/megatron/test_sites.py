@@ -1,5 +1,6 @@
 """What sites are called, in every kind of model, and that both routes call them alike and compress each one."""
 
+import sys
 from inspect import signature
 
 import pytest
@@ -122,7 +123,7 @@ def _hybrid():
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-    mamba_block.TENorm = Norm  # of the whole stack's end, by name
+    sys.modules[mamba_block.MambaStack.__module__].TENorm = Norm  # at the whole stack's end, by name
     layer = get_gpt_layer_local_spec(normalization="LayerNorm").submodules
     mixer = ModuleSpec(_mixer(), submodules=MambaMixerSubmodules(ColumnParallelLinear, RowParallelLinear))
     spec = ModuleSpec(
@@ -201,7 +202,7 @@ def _every_model(rank, world):
         handle = megatron_core.enable(config)
         try:
             model = build()
-        except (ImportError, ValueError) as error:
+        except (ImportError, TypeError, ValueError) as error:
             results[name] = {"absent": str(error)}
             continue
         finally:
@@ -213,6 +214,16 @@ def _every_model(rank, world):
         lowbit.reset_stats()
         with megatron_core.enable(config, wrapped) as handle:
             results[name] |= {"built": list(handle.sites), "out": run(model), "exact": exact, "stats": lowbit.stats()}
+    inner = torch.nn.Module()
+    inner.layers = torch.nn.ModuleList(gpt(settings(WORLD)).decoder.layers)
+    results["hybrid MTP"] = []
+    if "absent" not in results["MTP"]:
+        model = _mtp()
+        outer = model.mtp.layers[1]  # a stack of its own, as hybrid models have from 0.17 on
+        setattr(outer, "mtp_model_layer" if hasattr(outer, "mtp_model_layer") else "transformer_layer", inner)
+        with megatron_core.enable(config, model) as handle:
+            handle.verify()
+            results["hybrid MTP"] = list(handle.sites)
     return results
 
 
@@ -221,8 +232,11 @@ def ranks():
     return run_ranks(WORLD, _every_model, timeout=300)
 
 
-# What older releases cannot do: 0.12 to 0.14 want Transformer Engine for the one, and a group for each rank.
-ABSENT = {"hybrid": "No module named 'transformer_engine'", "one group of keys": "must be a multiple of tensor_model"}
+ABSENT = {
+    "hybrid": "No module named 'transformer_engine'",  # 0.12
+    "one group of keys": "must be a multiple of tensor_model",  # up to 0.15
+    "MTP": "isinstance() arg 2 must be a type",  # what follows 0.19 asks for a class of Transformer Engine's
+}
 
 
 def _present(result, case):
@@ -249,6 +263,13 @@ def test_every_site_is_compressed(ranks, case):
             assert set(stats["paths"]) <= paths and stats["fallbacks"] == {}, site
         assert not torch.equal(result["out"], result["exact"])
         assert (result["out"] - result["exact"]).norm() < 0.1 * result["exact"].norm()
+
+
+def test_a_stack_within_an_mtp_layer_has_names_of_its_own(ranks):
+    stacked = _parts("mtp.1.layers.0", "mtp.1.layers.1")
+    for rank in ranks:
+        if "absent" not in rank["MTP"]:
+            assert {site for site in rank["hybrid MTP"] if site.startswith("mtp.1")} == set(stacked)
 
 
 @torch.no_grad()
