@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, which imports Dynamo at once
 
 from . import policy, telemetry
 from .codecs import Codec, backend, plain
@@ -29,7 +30,7 @@ class Communicator:
 
     Making one is a collective call: all ranks compare their settings. Raises RankError naming both sides if two ranks
     disagree, ConfigError if torch.distributed is not initialised. For one thread and one CUDA stream at a time: the
-    buffers are shared by all its calls.
+    buffers are shared by all its calls. So torch.compile must not trace these either, and breaks its graph at them.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, config: CommConfig) -> None:
@@ -64,6 +65,7 @@ class Communicator:
             raise RankError("this communicator's process group was destroyed: make a new group and a new communicator")
         return group
 
+    @untraced
     def all_reduce(self, x: torch.Tensor, site: str = "all_reduce") -> torch.Tensor:
         """Sum of x [..., features] (bf16, fp16 or fp32) over the group -> a new tensor, the same on every rank.
 
@@ -75,6 +77,7 @@ class Communicator:
         summands = self._all_reduce(x, site)
         return summands if isinstance(summands, torch.Tensor) else summands.result(x)
 
+    @untraced
     def all_reduce_add_rmsnorm(
         self,
         x: torch.Tensor,
@@ -125,6 +128,7 @@ class Communicator:
         self._count(x, site, decision, sent, telemetry.ring_bytes(2 * x.numel(), self.world))
         return result
 
+    @untraced
     def reduce_scatter(self, x: torch.Tensor, dim: int = 0, site: str = "reduce_scatter") -> torch.Tensor:
         """Sum of x over the group, of which rank r keeps the r-th of N equal chunks along `dim` -> a new tensor.
 
@@ -139,6 +143,7 @@ class Communicator:
         self._count(x, site, decision, sent, 2 * (x.numel() - out.numel()))
         return out
 
+    @untraced
     def all_gather(self, x: torch.Tensor, dim: int = 0, site: str = "all_gather") -> torch.Tensor:
         """All ranks' x along `dim`, in rank order -> a new tensor, the same on every rank.
 
@@ -152,6 +157,7 @@ class Communicator:
         self._count(x, site, decision, sent, 2 * (out.numel() - x.numel()))
         return out
 
+    @untraced
     def all_to_all(
         self,
         x: torch.Tensor,
@@ -227,6 +233,7 @@ _communicators = weakref.WeakKeyDictionary()
 _compared: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 
+@untraced
 def communicator(group: dist.ProcessGroup | None, config: CommConfig) -> Communicator:
     """The group's communicator for `config`, made by the first call (a collective call then)."""
     group = _resolve(group)

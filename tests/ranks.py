@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 _context = multiprocessing.get_context("forkserver")  # imports torch once, then forks ranks in milliseconds
-_context.set_forkserver_preload(["torch", "torch.distributed", "megatron_lowbit.simulate", "numba"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "megatron_lowbit.simulate", "numba"])
 
 
 def run_ranks(world: int, function: Callable, *args, timeout: float = 120, dead: tuple[int, ...] = ()) -> list:

@@ -85,3 +85,24 @@ def _groups_come_and_go(rank, world):
 def test_a_group_made_anew_gets_a_communicator_of_its_own():
     for results in run_ranks(2, _groups_come_and_go):
         assert all(torch.equal(r, torch.ones(1, 32)) for r in results)
+
+
+def _compiled(rank, world):
+    def step(x):
+        return lowbit.all_reduce(x * 2, "int6:g32", algorithm="two-step") + 1
+
+    results, compiled = [], torch.compile(step, backend="aot_eager", dynamic=True)
+    for rows in (4, 9, 2):
+        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rank))
+        results.append(torch.equal(compiled(x), step(x)))
+    try:
+        torch.compile(step, backend="aot_eager", fullgraph=True)(torch.ones(3, 64))
+    except torch._dynamo.exc.Unsupported:
+        results.append("graph break")
+    return [results, lowbit.stats()["all_reduce"]["paths"]]
+
+
+def test_compiled_graphs_break_at_a_collective_and_leave_its_buffers_alone():
+    for results, paths in run_ranks(2, _compiled):
+        assert results == [True, True, True, "graph break"]
+        assert paths == {"two-step": 6}
