@@ -153,7 +153,7 @@ def _execute(script: str, conclude: Callable[..., None], debug: bool) -> int:
         frame = error.__traceback__
         while frame is not None and frame.tb_frame.f_code.co_filename != script:
             frame = frame.tb_next
-        traceback.print_exception(type(error), error, frame or error.__traceback__)
+        traceback.print_exception(type(error), error, frame)
         return 1
     conclude()
     return 0
@@ -206,7 +206,9 @@ def _check(script: str, config: CommConfig, sites: list[str], stats: dict[str, d
     if not sites and not calls:
         why = "it built no row-parallel layer of Megatron-Core, or none of its processes does so in this one"
     elif not calls:
-        why = f"it built {len(sites)} layers to compress ({sites[0]} …) and ran none of them"
+        why = (
+            f"it built layers to compress ({sites[0]} …), but none of them ran with more than one tensor-parallel rank"
+        )
     else:
         reasons = sorted({reason for site in stats.values() for reason in site["fallbacks"]})
         why = f"all {calls} calls went exact ({', '.join(reasons)}); lower --lowbit-comm-min-bytes, such as to 0, or "

@@ -1,4 +1,4 @@
-"""Megatron's collectives on hidden states [rows, ..., features], compressed, with exact gradients.
+"""Megatron's collectives on hidden states [rows, ..., features], compressed, with the gradients of the exact ones.
 
 Rows may be shared unevenly, as experts' tokens are. All-gather and reduce-scatter then pad every rank's rows with zeros
 up to the longest, which is what travels and is counted.
@@ -16,10 +16,17 @@ from megatron.core.tensor_parallel import mappings
 from megatron_lowbit.communicator import Communicator, communicator
 from megatron_lowbit.config import CommConfig
 
+from .compat import group_of
 from .straight_through import straight_through
 
 Splits = Iterable[int] | None  # also a tensor or an array
 _EXACT = CommConfig(sites=("",))
+
+
+def reduce(module: torch.nn.Module, partial: torch.Tensor, config: CommConfig, site: str) -> torch.Tensor:
+    """The sum of what a row-parallel module made on each rank; with sequence parallelism this rank's rows of it."""
+    collective = reduce_scatter if module.sequence_parallel else all_reduce
+    return collective(partial, group_of(module), config, site)
 
 
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup, config: CommConfig, site: str) -> torch.Tensor:
@@ -88,7 +95,7 @@ def reduce_scatter(
 
 def _communicator(group: dist.ProcessGroup, config: CommConfig, site: str) -> Communicator:
     """For unselected sites one without a calibration, which would be for another number of ranks than experts'."""
-    return communicator(group, config if config.selects(site) or not config.calibrated else _EXACT)
+    return communicator(group, config if not config.calibrated or config.selects(site) else _EXACT)
 
 
 def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:

@@ -16,7 +16,9 @@ import torch
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ModelError
 
+from . import collectives
 from . import transformer_engine as te
+from .compat import group_of
 from .hooks import config_of, site_of
 
 try:
@@ -67,7 +69,7 @@ def _row(base):
             _check(self, site)
         with te.saying(self, te.WITHOUT_BIAS):
             partial, bias = base(self, x, *args, **kwargs)  # Megatron asserts that these layers have no bias
-        return te.reduced(self, partial, config, site), bias
+        return collectives.reduce(self, partial, config, site), bias
 
     return forward
 
@@ -80,6 +82,6 @@ def _all_gather(base):
         site = site_of(self, te.UNNAMED_COLUMN, te.GATHER)
         if config.selects(site):
             _check(self, site)
-        return te.gathered(self, x, config, site)
+        return collectives.all_gather(x, group_of(self), config, site)
 
     return all_gather

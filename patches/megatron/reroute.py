@@ -10,19 +10,20 @@ Hazard: what is running is known to the process, not to a thread, so two threads
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from megatron_lowbit.communicator import Communicator
+from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ModelError
 
 
-class Message:
-    """What one forward is to send: a communicator, its group and the site."""
+class Message(NamedTuple):
+    """How and where one forward is to send."""
 
-    def __init__(self, comm: Communicator, group: dist.ProcessGroup, site: str) -> None:
-        self.comm, self.group, self.site = comm, group, site
+    group: dist.ProcessGroup
+    config: CommConfig
+    site: str
 
 
 class Reroute:
@@ -46,6 +47,6 @@ class Reroute:
         if left is not None:
             raise ModelError(
                 f"{message.site} did not communicate as the releases do that this patch knows, and nothing was "
-                "compressed: leave it exact with CommConfig(sites=...), or use megatron-core 0.12 to 0.16"
+                "compressed: leave it exact with CommConfig(sites=...), or use megatron-core 0.12 to 0.19"
             )
         return out

@@ -13,13 +13,10 @@ from functools import wraps
 
 import torch
 from megatron.core.tensor_parallel.layers import RowParallelLinear
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from megatron_lowbit.communicator import communicator
-
+from . import collectives
 from .compat import group_of
 from .hooks import config_of, site_of
-from .straight_through import straight_through
 
 
 def takes(module: torch.nn.Module) -> bool:
@@ -34,7 +31,7 @@ def _forward(base):
     @wraps(base)
     def forward(self, input_):
         config = config_of(self)
-        if config is None or self.explicit_expert_comm or (group := group_of(self)).size() == 1:
+        if config is None or self.explicit_expert_comm or group_of(self).size() == 1:
             return base(self, input_)
         site, flags, skip_bias_add = site_of(self), self.__dict__, self.skip_bias_add  # setattr takes 2 us each time
         flags["explicit_expert_comm"] = flags["skip_bias_add"] = True
@@ -42,15 +39,7 @@ def _forward(base):
             partial, _ = base(self, input_)
         finally:
             flags["explicit_expert_comm"], flags["skip_bias_add"] = False, skip_bias_add
-        comm = communicator(group, config)
-        if self.sequence_parallel:
-            out = straight_through(
-                partial,
-                lambda x: comm.reduce_scatter(x, 0, site),
-                lambda grad: gather_from_sequence_parallel_region(grad, False, group=group),
-            )
-        else:
-            out = straight_through(partial, lambda x: comm.all_reduce(x, site), lambda grad: grad)
+        out = collectives.reduce(self, partial, config, site)
         if self.skip_bias_add:
             return out, self.bias
         return (out if self.bias is None else out + self.bias), None

@@ -16,14 +16,11 @@ from functools import wraps
 import torch
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.tensor_parallel.mappings import reduce_scatter_to_sequence_parallel_region
 
-from megatron_lowbit.communicator import communicator
-
+from . import collectives
 from .compat import group_of
 from .hooks import config_of, site_of
 from .reroute import Message, Reroute
-from .straight_through import straight_through
 
 GATHER, UNNAMED = ".gather", "column_parallel"
 _gathering = Reroute()
@@ -50,8 +47,7 @@ def _forward(base):
     def forward(self, input_, *args, **kwargs):
         if not self.sequence_parallel or self.explicit_expert_comm or (config := config_of(self)) is None:
             return base(self, input_, *args, **kwargs)
-        group = group_of(self)
-        message = Message(communicator(group, config), group, site_of(self, UNNAMED, GATHER))
+        message = Message(group_of(self), config, site_of(self, UNNAMED, GATHER))
         return _gathering.run(message, base, self, input_, *args, **kwargs)
 
     return forward
@@ -62,7 +58,7 @@ def _gather_into(base):
     def gather(buffer, input_, *args, **kwargs):
         if (message := _gathering.take()) is None:
             return base(buffer, input_, *args, **kwargs)
-        buffer.data = _gather(message, input_)  # it is read once, by the product: no copy
+        buffer.data = collectives.all_gather(input_, *message)  # it is read once, by the product: no copy
 
     return gather
 
@@ -72,15 +68,6 @@ def _gather_frozen(base):
     def gather(input_, *args, **kwargs):
         if (message := _gathering.take()) is None:
             return base(input_, *args, **kwargs)
-        return _gather(message, input_)
+        return collectives.all_gather(input_, *message)
 
     return gather
-
-
-def _gather(message: Message, input_: torch.Tensor) -> torch.Tensor:
-    """[sequence / N, ...] of all ranks -> [sequence, ...]."""
-    return straight_through(
-        input_,
-        lambda x: message.comm.all_gather(x, 0, message.site),
-        lambda grad: reduce_scatter_to_sequence_parallel_region(grad, group=message.group),
-    )

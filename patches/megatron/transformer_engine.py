@@ -18,20 +18,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from megatron.core.tensor_parallel.mappings import (
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 
 from megatron_lowbit import telemetry
 from megatron_lowbit.codecs import backend
-from megatron_lowbit.communicator import communicator
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ModelError
 
+from . import collectives
 from .compat import group_of
 from .hooks import config_of, site_of
-from .straight_through import straight_through
 
 try:
     from megatron.core.extensions import transformer_engine as extensions
@@ -107,30 +102,6 @@ def saying(module: torch.nn.Module, values: dict[str, object]) -> Iterator[None]
         attributes.update(before)
 
 
-def reduced(module: torch.nn.Module, partial: torch.Tensor, config: CommConfig, site: str) -> torch.Tensor:
-    """The sum of the ranks' partial products, with sequence parallelism this rank's rows of it."""
-    group = group_of(module)
-    comm = communicator(group, config)
-    if not module.sequence_parallel:
-        return straight_through(partial, lambda x: comm.all_reduce(x, site), lambda grad: grad)
-    return straight_through(
-        partial,
-        lambda x: comm.reduce_scatter(x, 0, site),
-        lambda grad: gather_from_sequence_parallel_region(grad, False, group=group),
-    )
-
-
-def gathered(module: torch.nn.Module, x: torch.Tensor, config: CommConfig, site: str) -> torch.Tensor:
-    """All ranks' rows of the input."""
-    group = group_of(module)
-    comm = communicator(group, config)
-    return straight_through(
-        x,
-        lambda x: comm.all_gather(x, 0, site),
-        lambda grad: reduce_scatter_to_sequence_parallel_region(grad, group=group),
-    )
-
-
 def _reduces(module: torch.nn.Module) -> bool:
     return ROW is not None and isinstance(module, ROW) and module.parallel_mode == "row"
 
@@ -151,7 +122,7 @@ def _row(base):
             check(self, site)
         with saying(self, WITHOUT_BIAS):
             partial, bias = base(self, x)
-        out = reduced(self, partial, config, site)
+        out = collectives.reduce(self, partial, config, site)
         return (out + self.bias.to(out.dtype) if apply_bias else out), bias
 
     return forward
@@ -165,7 +136,7 @@ def _column(base):
         site = site_of(self, UNNAMED_COLUMN, GATHER)
         if config.selects(site):
             check(self, site)
-        x = gathered(self, x, config, site)
+        x = collectives.all_gather(x, group_of(self), config, site)
         with saying(self, _ALONE):
             return base(self, x)
 

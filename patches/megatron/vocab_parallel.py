@@ -18,12 +18,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from megatron_lowbit.communicator import communicator
 from megatron_lowbit.config import CommConfig
 
-from . import hooks
+from . import collectives, hooks
 from .compat import group_of
 from .hooks import asks_for, config_of
 from .reroute import Message, Reroute
@@ -59,7 +58,7 @@ def _embed(base):
         if config is None or not asks_for(config, EMBEDDING) or (group := group_of(self)).size() == 1:
             return base(self, input_)
         hooks.count(self, EMBEDDING)
-        return _reducing.run(Message(communicator(group, config), group, EMBEDDING), base, self, input_)
+        return _reducing.run(Message(group, config, EMBEDDING), base, self, input_)
 
     return forward
 
@@ -69,7 +68,7 @@ def _reduce(base):
     def reduce(input_, *args, **kwargs):
         if (message := _reducing.take()) is None:
             return base(input_, *args, **kwargs)
-        return straight_through(input_, lambda x: message.comm.all_reduce(x, message.site), lambda grad: grad)
+        return collectives.all_reduce(input_, *message)
 
     return reduce
 
@@ -79,11 +78,7 @@ def _reduce_scatter(base):
     def reduce_scatter(input_, *args, **kwargs):
         if (message := _reducing.take()) is None:
             return base(input_, *args, **kwargs)
-        return straight_through(
-            input_,
-            lambda x: message.comm.reduce_scatter(x, 0, message.site),
-            lambda grad: gather_from_sequence_parallel_region(grad, False, group=message.group),
-        )
+        return collectives.reduce_scatter(input_, *message)
 
     return reduce_scatter
 

@@ -74,6 +74,7 @@ def _everything(rank, world, folder):
     run("unknown", *SPEC, own=("--no-such-option",))
     run("own parser", *SPEC, script=f"{folder}/own_parser.py", own=("--", "--lowbit-comm", "a b"))
     run("raises", script=f"{folder}/raises.py", own=())
+    run("syntax", script=f"{folder}/syntax.py", own=())
     run("raises debug", "--debug", script=f"{folder}/raises.py", own=())
     for name, status in (("exit 3", "3"), ("exit text", "text"), ("exit 0", "0")):
         run(name, script=f"{folder}/exits.py", own=(status,))
@@ -99,7 +100,7 @@ sys.exit(int(sys.argv[1]) if sys.argv[1].isdecimal() else sys.argv[1])
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    for name, text in (("own_parser", OWN_PARSER), ("raises", RAISES), ("exits", EXITS)):
+    for name, text in (("own_parser", OWN_PARSER), ("raises", RAISES), ("exits", EXITS), ("syntax", "1 +")):
         (folder / f"{name}.py").write_text(text)
     (folder / "not nvidias" / "apex").mkdir(parents=True)
     (folder / "not nvidias" / "apex" / "__init__.py").write_text("")
@@ -159,12 +160,12 @@ def test_a_script_with_a_parser_of_its_own_never_sees_the_flags(ranks, folder):
     [
         ("nothing", "nothing was compressed by logits.py: it built no row-parallel layer of Megatron-Core"),
         ("own parser", "nothing was compressed by own_parser.py: it built no row-parallel layer"),
-        ("unused", "it built 4 layers to compress (layers.0.attention …) and ran none of them"),
+        ("unused", "it built layers to compress (layers.0.attention …), but none of them ran with more than one"),
         ("too small", "all 4 calls went exact (below min_bytes); lower --lowbit-comm-min-bytes"),
         ("not selected", "all 4 calls went exact (site not selected)"),
         (
             "te",
-            "layers.0.mlp is a TEFusedMLP, which reduces among Transformer Engine's fused operations: set use_te_op",
+            "layers.0.mlp is a TEFusedMLP, which reduces among Transformer Engine's fused operations: ",
         ),
         ("other tp", "calibration four.safetensors was made for TP 4, this group has 2 ranks: run calibrate --tp 2"),
     ],
@@ -197,6 +198,8 @@ def test_errors_and_exit_codes_are_the_scripts_own(ranks, folder):
     assert raised["code"] == 1 and raised["err"].endswith("ValueError: of the script\n")
     shown = raised["err"].partition("Traceback (most recent call last):\n")[2]
     assert shown.startswith(f'  File "{folder}/raises.py", line 4, in <module>\n') and "cli/run.py" not in shown
+    syntax = ranks[0]["syntax"]
+    assert syntax["code"] == 1 and "SyntaxError" in syntax["err"] and "cli/run.py" not in syntax["err"]
     assert [ranks[0][name]["code"] for name in ("exit 3", "exit text", "exit 0")] == ["exit 3", "exit text", 0]
     assert ranks[0]["unknown"]["code"] == "exit 2" and "arguments: --no-such-option" in ranks[0]["unknown"]["err"]
 
