@@ -141,6 +141,8 @@ def _answer_megatron_lm(put: Callable) -> None:
     put(initialize, "_compile_dependencies", lambda: None)
     if hasattr(arguments, "get_device_arch_version"):
         put(arguments, "get_device_arch_version", lambda: 0)
+    with suppress(ImportError):  # 0.13 to 0.16 ask for this one of Transformer Engine's where there is none
+        vars(import_module("megatron.core.transformer.moe.moe_utils")).setdefault("te_general_gemm", None)
     if hasattr(dynamic_context, "triton_append_key_value_cache"):  # refuses CPU tensors, beside a plain one
         put(dynamic_context, "triton_append_key_value_cache", None)
     for name in ("megatron.core.inference.communication_utils", "megatron.inference.text_generation.communication"):

@@ -142,5 +142,6 @@ def limits(config: ModelConfig, layout: Layout) -> list[str]:
     if needs_spec(config, layout):
         found.append(
             f"its layers are not all Megatron's: megatron_lowbit must be importable for --spec {' '.join(SPEC)}"
+            + (", and engines must batch statically (--use-legacy-static-engine)" if config.needs_own_layers else "")
         )
     return found

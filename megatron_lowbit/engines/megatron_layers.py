@@ -116,8 +116,8 @@ def attention(model: ModelConfig) -> type[DotProductAttention]:
     return Attention
 
 
-def rotary(model: ModelConfig) -> type[SelfAttention]:
-    """Megatron's self-attention, which scales the unscaled angles that it is given as this model's rope asks."""
+def rotary(model: ModelConfig, base: type[SelfAttention]) -> type[SelfAttention]:
+    """`base` that scales the unscaled angles that it is given as this model's rope asks."""
     plain = model.rope_theta ** -(torch.arange(0, model.head_dim, 2).double() / model.head_dim)
     if model.rope_type == "linear":
         ratio = torch.full_like(plain, 1 / model.rope["factor"])
@@ -128,13 +128,26 @@ def rotary(model: ModelConfig) -> type[SelfAttention]:
         ratio = kept + (1 - kept) / factor
     ratio = torch.cat([ratio, ratio]).float()
 
-    class Attention(SelfAttention):
+    class Attention(base):
         def forward(self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any) -> Any:
             if rotary_pos_emb is None:  # so with flash decoding, whose angles come as cosines
                 raise ModelError(f"rope scaling {model.rope_type} needs angles: build the model without flash decoding")
             return super().forward(*args, rotary_pos_emb=rotary_pos_emb * ratio.to(rotary_pos_emb.device), **kwargs)
 
     return Attention
+
+
+class StaticAttention(SelfAttention):
+    """Megatron's self-attention, for a core attention that kernels of dynamic batching and flash decoding leave out."""
+
+    def forward(self, *args: Any, inference_context: Any = None, **kwargs: Any) -> Any:
+        if self.config.flash_decode or (inference_context is not None and not inference_context.is_static_batching()):
+            raise ModelError(
+                "windows and caps of attention are for static batching only, and dynamic batching or flash decoding "
+                "would compute without them: use the static engine (--use-legacy-static-engine where Megatron-LM has "
+                "it), without --flash-decode"
+            )
+        return super().forward(*args, inference_context=inference_context, **kwargs)
 
 
 def layer_spec(config: ModelConfig, stages: int = 1, rope: bool = False) -> ModuleSpec | TransformerBlockSubmodules:
@@ -146,10 +159,11 @@ def layer_spec(config: ModelConfig, stages: int = 1, rope: bool = False) -> Modu
     layers = config.layers // stages
     experts = {"num_experts": config.experts, "moe_grouped_gemm": False} if config.experts else {}
     spec = get_gpt_layer_local_spec(qk_layernorm=config.family.qk_norm, normalization="RMSNorm", **experts)
+    own = spec.submodules.self_attention
     if config.needs_own_layers:
-        spec.submodules.self_attention.submodules.core_attention = attention(config)
+        own.module, own.submodules.core_attention = StaticAttention, attention(config)
     if rope and config.needs_own_rotary:
-        spec.submodules.self_attention.module = rotary(config)
+        own.module = rotary(config, own.module)
     if not config.family.gemma:
         return spec
     spec.module = GemmaLayer

@@ -324,6 +324,7 @@ def test_flags_and_limits(folders, tmp_path):
     gemma, mistral = read_config(folders / "gemma2"), read_config(folders / "mistral")
     assert "--spec megatron_lowbit.engines.megatron_spec spec" in command_line(gemma, Layout(2), tmp_path)
     assert any("capped at 5.0" in limit for limit in limits(gemma, Layout(2)))
+    assert "engines must batch statically" in limits(mistral, Layout(2))[0]
     assert arguments(mistral, Layout(2, implementation="transformer_engine"))["window_size"] == "6,0"
     assert "window_size" not in arguments(mistral, Layout(2))
     assert not limits(read_config(folders / "llama"), Layout(2))

@@ -10,7 +10,7 @@ import torch
 
 from megatron_lowbit.engines.hf_model import read_config
 from megatron_lowbit.engines.megatron import quiet
-from megatron_lowbit.errors import ConfigError
+from megatron_lowbit.errors import ConfigError, ModelError
 from tests.models import random_model
 
 
@@ -57,6 +57,25 @@ def test_zero_centered_norm_is_gemmas(layers):
             ours.weight.copy_(theirs.weight)
             x = torch.randn(5, 32).to(dtype)
             assert torch.equal(ours(x), theirs(x)) and ours(x).dtype == dtype
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_engines_that_would_leave_windows_out_are_refused(layers, monkeypatch, static):
+    """Dynamic batching calls a kernel in place of the core attention."""
+    monkeypatch.setattr(layers.SelfAttention, "forward", lambda self, *args, **kwargs: kwargs)
+    own = object.__new__(layers.StaticAttention)
+    torch.nn.Module.__init__(own)
+    own.config = argparse.Namespace(flash_decode=False)
+    context = argparse.Namespace(is_static_batching=lambda: static)
+    assert own.forward(None, inference_context=None, rotary_pos_emb=1) == {
+        "inference_context": None,
+        "rotary_pos_emb": 1,
+    }
+    if static:
+        assert own.forward(None, inference_context=context) == {"inference_context": context}
+        own.config.flash_decode = True
+    with pytest.raises(ModelError, match="for static batching only, .*: use the static engine"):
+        own.forward(None, inference_context=context)
 
 
 @pytest.fixture
