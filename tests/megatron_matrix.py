@@ -1,4 +1,4 @@
-"""The tests of the Megatron patch with other releases of Megatron-Core: `make test-megatron-matrix`.
+"""Megatron: patch, engine and launcher, tested with other releases of Megatron-Core: `make test-megatron-matrix`.
 
     python -m tests.megatron_matrix                            one version of each minor release
     python -m tests.megatron_matrix 0.12.3 0.16.1              some
@@ -23,6 +23,7 @@ def main() -> int:
     folder = ROOT / "tests" / "patches"
     files = sorted(str(file.relative_to(ROOT)) for file in folder.rglob("test_megatron*.py"))
     files += sorted(str(file.relative_to(ROOT)) for file in (folder / "megatron").glob("test_*.py"))
+    files += ["tests/engines/test_megatron.py", "tests/engines/test_families.py", "tests/cli/test_run.py"]
 
     def test(version: str) -> str:
         new = tuple(map(int, version.split(".")[:2])) >= WANTS_3_12 and sys.version_info < (3, 12)

@@ -16,6 +16,8 @@ from megatron_lowbit.engines.megatron import MegatronEngine, init_tensor_paralle
 from megatron_lowbit.errors import ConfigError, LowBitError, ModelError
 from tests.ranks import run_ranks
 
+# What releases print where they are imported (0.15) or build a model (from 0.18 on).
+MEGATRONS_OWN = ("fused_indices_to_multihot has reached", "GPTModel IS DEPRECATED")
 PROMPTS = ["Hi", "Flüsse tragen Schiffe", "two rivers, one sea"]  # of different lengths: one batch all the same
 NEW = 24
 TEXT = "Le cœur a ses raisons que la raison ne connaît point. " * 4
@@ -134,7 +136,7 @@ def run_engine(rank, world, folder, ends, mute):
         found["window too small"] = message(engine.perplexity, TEXT, 1)
         found["text too short"] = message(engine.perplexity, "")
         printed.seek(0)
-        found["printed"] = printed.read()
+        found["printed"] = [line for line in printed.read().splitlines() if not line.startswith(MEGATRONS_OWN)]
     return found
 
 
@@ -215,7 +217,7 @@ def test_perplexity_equals_transformers(llama, found, window):
 
 
 def test_engine_prints_nothing(found):
-    assert found["printed"] == ""
+    assert found["printed"] == []
 
 
 @pytest.mark.parametrize(
