@@ -2,6 +2,7 @@
 # constraints.txt changed.
 PYTHON ?= python3
 PYTEST_ARGS ?= -q
+WORKERS ?= -n 2 --dist loadfile
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -25,10 +26,10 @@ demo: $(INSTALLED)  ## generate text with tensor parallelism, exact and compress
 	@$(BIN)/python -m megatron_lowbit generate --compare --temperature 0.6 --top-k 20 $(DEMO_ARGS)
 
 test: $(INSTALLED)  ## run the tests that take a few minutes in all (PYTEST_ARGS="-q -k codec" to choose)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-full: $(INSTALLED)  ## run the slow tests too
-	@$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not gpu"
+	@$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS) -m "not gpu"
 
 test-gpu: $(GPU_INSTALLED)  ## run the tests that need a CUDA device (PYTHON=python3: without .venv; PYTEST_ARGS="-q -n 8")
 	@$(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
