@@ -32,7 +32,7 @@ def _everything(rank, world):
         "all_reduce": (
             all_rows,
             lambda x: ours.all_reduce(x, group, config, "s"),
-            lambda x: theirs.reduce_from_tensor_model_parallel_region(x, group),
+            theirs.reduce_from_tensor_model_parallel_region,  # among all ranks too; no group can be passed before 0.14
         ),
         "all_to_all": (
             mine,
