@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ from megatron_lowbit.errors import ConfigError
 from megatron_lowbit.patches.megatron.arguments import OPTIONS
 from tests.calibrations import random_calibration
 from tests.ranks import run_ranks
+
+pytest.importorskip("megatron.core")
+if find_spec("megatron.training") is not None:  # wheels from 0.17 on have it, for Python 3.12
+    pytest.skip("Megatron-Core brings a megatron.training of its own", allow_module_level=True)
 
 SCRIPT = Path(__file__).parents[1] / "megatron_lm" / "tools" / "logits.py"
 SITES = [f"layers.{layer}.{kind}" for layer in range(2) for kind in ("attention", "mlp")]

@@ -48,7 +48,8 @@ def _everything(rank, world):
     def layer(row=None):
         spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="LayerNorm")
         if row is not None:
-            spec.submodules.mlp.submodules.linear_fc2 = row
+            mlp = spec.submodules.mlp  # from 0.18 on a functools.partial
+            (mlp.keywords["submodules"] if hasattr(mlp, "keywords") else mlp.submodules).linear_fc2 = row
         return spec
 
     by_path = layer(ModuleSpec(("megatron.core.tensor_parallel.layers", "RowParallelLinear")))
@@ -80,7 +81,10 @@ def _everything(rank, world):
             return super().forward(*args)
 
     own = layer()
-    own.submodules.mlp.module = OwnMLP
+    if hasattr(own.submodules.mlp, "keywords"):
+        own.submodules.mlp = functools.partial(OwnMLP.as_mlp_submodule, **own.submodules.mlp.keywords)
+    else:
+        own.submodules.mlp.module = OwnMLP
     scattered = settings(world, sequence_parallel=True)
     rows_only = lowbit.CommConfig("int6:g32", sites=("layers.*.attention", "layers.*.mlp"))
     with_experts = lowbit.CommConfig("int6:g32", sites=("layers.*.attention", "layers.*.moe*"))

@@ -2,11 +2,18 @@
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 import megatron_lowbit as lowbit
 from tests.calibrations import random_calibration
 from tests.ranks import run_ranks
+
+pytest.importorskip("megatron.core")
+if find_spec("megatron.training") is not None:  # wheels from 0.17 on have it, for Python 3.12
+    pytest.skip("Megatron-Core brings a megatron.training of its own", allow_module_level=True)
 
 STAND_IN = str(Path(__file__).parents[2] / "megatron_lm")
 
