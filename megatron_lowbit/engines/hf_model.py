@@ -149,6 +149,11 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise ModelError(f"{path}: use_bidirectional_attention is not supported; use a model that generates text")
     if family.experts and raw["num_experts_per_tok"] == 1:  # Megatron would weigh it by its share of all experts
         raise ModelError(f"{path}: num_experts_per_tok is 1; a {family.title} needs at least 2 here")
+    if family.experts and raw["num_experts_per_tok"] > raw["num_local_experts"]:
+        raise ModelError(
+            f"{path}: num_experts_per_tok is {raw['num_experts_per_tok']}, and there are {raw['num_local_experts']} "
+            "experts; download the model again"
+        )
     if missing := [name for name in REQUIRED if raw.get(name) is None]:
         raise ModelError(f"{path} lacks {missing[0]!r}; download the model again")
     heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
