@@ -28,11 +28,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model", help="a Hugging Face folder")
     parser.add_argument("--prompt", action="append", help="may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=40)
-    parser.add_argument(
-        "--tensor-model-parallel-size", type=int, default=int(os.environ["WORLD_SIZE"]), help="default: all ranks"
-    )
+    parser.add_argument("--tensor-model-parallel-size", type=int, help="default: all ranks")
     megatron_core.add_lowbit_args(parser)  # the first line
-    return parser.parse_args()
+    args = parser.parse_args()
+    if "WORLD_SIZE" not in os.environ:
+        parser.error("start it with torchrun, such as torchrun --nproc-per-node 2 examples/megatron_generate.py")
+    args.tensor_model_parallel_size = args.tensor_model_parallel_size or int(os.environ["WORLD_SIZE"])
+    return args
 
 
 def main() -> None:

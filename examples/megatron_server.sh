@@ -12,7 +12,8 @@ set -eu
 model=${1:-$(dirname "$0")/model}
 [ $# -eq 0 ] || shift
 tp=${TP:-2}
-checkpoint=${CHECKPOINT:-${TMPDIR:-/tmp}/$(basename "$model")-megatron-tp$tp}
+name=$(cd "$model" && pwd | tr -s '/[:blank:]' -)  # of the whole path: other folders have the same last name
+checkpoint=${CHECKPOINT:-${TMPDIR:-/tmp}/megatron-tp$tp$name}
 
 [ -f "$checkpoint/megatron_args.txt" ] || python -m megatron_lowbit convert --hf "$model" --megatron "$checkpoint" --tp "$tp"
 

@@ -68,7 +68,7 @@ class CommConfig:
         if self.legs.calibrated and self.calibrated is None:
             raise ConfigError(
                 f"spec {self.spec!r} needs a calibration: make a file with 'megatron-lowbit calibrate' and pass it as "
-                "CommConfig(calibration=FILE)"
+                "CommConfig(calibration=FILE), on a command line as --comm-calibration or --lowbit-comm-calibration"
             )
 
     def _load(self) -> Calibration:

@@ -119,7 +119,10 @@ def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module
     if model is None:
         if hooks.process_wide is not None:
             spec = hooks.process_wide.config.spec
-            raise ConfigError(f"already enabled with spec {spec!r}: call that handle's disable() first")
+            raise ConfigError(
+                f"already enabled with spec {spec!r}: call that handle's disable() first, or start the script without "
+                "the launcher's --lowbit-comm"
+            )
         hooks.process_wide = handle
     else:
         chunks = [model] if isinstance(model, torch.nn.Module) else list(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -33,3 +34,5 @@ def check_output(path: Path | None, option: str) -> None:
         raise ConfigError(f"{option} {path} is a folder: give a file")
     if path and not path.resolve().parent.is_dir():
         raise ConfigError(f"{option} {path}: there is no folder {path.resolve().parent}; make it first")
+    if path and not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+        raise ConfigError(f"{option} {path} cannot be written: give a file that you have the right to write")

@@ -101,6 +101,7 @@ def _run(script: str, config: CommConfig | None, flags: argparse.Namespace, debu
     from ..patches import megatron_core, megatron_cpu
     from ..patches.megatron import apex, arguments, unedited
 
+    asked = config
     if config is None:
         _say("no --lowbit-comm: the script runs as it is")
     elif launch.world_size() in (None, 1):
@@ -114,9 +115,10 @@ def _run(script: str, config: CommConfig | None, flags: argparse.Namespace, debu
     handle = megatron_core.enable(config) if config is not None else None
 
     def conclude(check: bool = True) -> None:
-        stats, check = telemetry.stats(), check and handle is not None and not {"-h", "--help"} & set(sys.argv)
-        if stats or check:
-            _summary(config, stats, flags.lowbit_comm_json)
+        stats, helping = telemetry.stats(), bool({"-h", "--help"} & set(sys.argv))
+        check = check and handle is not None and not helping
+        if stats or check or (flags.lowbit_comm_json is not None and not helping):
+            _summary(asked, stats, flags.lowbit_comm_json)
         if check and around.tp != 1:
             _check(script, config, handle.sites, stats)
 

@@ -40,6 +40,7 @@ INTEGERS = (
     "num_local_experts",
     "num_experts_per_tok",
 )
+NUMBERS = ("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
@@ -116,7 +117,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     if not path.is_file():
         raise ModelError(f"{folder} has no config.json; give the folder of a Hugging Face model")
     raw = read_json(path)
-    family = FAMILIES.get(raw.get("model_type"))
+    family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
         raise ModelError(
             f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
@@ -142,6 +143,13 @@ def read_config(folder: str | Path) -> ModelConfig:
         value = raw.get(name)
         if name in raw and value is not None and (type(value) is not int or value < 1):
             raise ModelError(f"{path}: {name} is {value!r}, not a whole number above 0; download the model again")
+    for name in NUMBERS:
+        value = raw.get(name)
+        if value is not None and (type(value) not in (int, float) or not value > 0):
+            raise ModelError(f"{path}: {name} is {value!r}, not a number above 0; download the model again")
+    needed = ("rms_norm_eps",) + (("num_local_experts", "num_experts_per_tok") if family.experts else ())
+    if nothing := [name for name in needed if name in raw and raw[name] is None]:
+        raise ModelError(f"{path}: {nothing[0]} is null; download the model again")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE_NUMBERS:
         raise ModelError(f"{path}: rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_NUMBERS)}")
@@ -149,6 +157,11 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise ModelError(f"{path}: use_bidirectional_attention is not supported; use a model that generates text")
     if family.experts and raw["num_experts_per_tok"] == 1:  # Megatron would weigh it by its share of all experts
         raise ModelError(f"{path}: num_experts_per_tok is 1; a {family.title} needs at least 2 here")
+    if family.experts and raw["num_experts_per_tok"] > raw["num_local_experts"]:
+        raise ModelError(
+            f"{path}: num_experts_per_tok is {raw['num_experts_per_tok']}, and there are {raw['num_local_experts']} "
+            "experts; download the model again"
+        )
     if missing := [name for name in REQUIRED if raw.get(name) is None]:
         raise ModelError(f"{path} lacks {missing[0]!r}; download the model again")
     heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
@@ -196,6 +209,8 @@ def _windows(raw: dict[str, Any], family: Family) -> tuple[int | None, ...]:
     kinds = raw.get("layer_types")
     if kinds is not None and len(kinds) != layers:
         raise ValueError(f"layer_types names {len(kinds)} layers, num_hidden_layers {layers}")
+    if unknown := set(kinds or ()) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layer_types has {unknown.pop()!r}; full_attention and sliding_attention are known")
     slides = [kinds[i] == "sliding_attention" if kinds else family.windowed(raw, i) for i in range(layers)]
     return tuple(window if each else None for each in slides) if any(slides) else ()
 

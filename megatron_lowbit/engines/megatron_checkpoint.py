@@ -72,7 +72,7 @@ class MegatronCheckpoint:
         tracker = folder / TRACKER
         if not tracker.is_file():
             raise ModelError(f"{folder} has no {TRACKER}; give the folder that Megatron-LM takes as --load")
-        said = tracker.read_text(encoding="utf-8").strip()
+        said = tracker.read_text(encoding="utf-8", errors="replace").strip()
         iteration = said if said == RELEASE else f"iter_{int(said):07d}" if said.isdecimal() else ""
         found = [
             re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", path.name) for path in (folder / iteration).glob("mp_rank_*")
@@ -88,6 +88,12 @@ class MegatronCheckpoint:
         for rank, stage in ((rank, stage) for stage in range(self.pp) for rank in range(self.tp)):
             self._states[rank, stage] = _load(rank_file(folder, iteration, rank, stage, self.pp))
         self.args: argparse.Namespace = self._states[0, 0]["args"]
+        made = tuple(getattr(self.args, f"{kind}_model_parallel_size", None) for kind in ("tensor", "pipeline"))
+        if None not in made and made != (self.tp, self.pp):
+            raise ModelError(
+                f"{folder / iteration} has files of TP {self.tp} x PP {self.pp}, and was made for TP {made[0]} x "
+                f"PP {made[1]}; convert the model again"
+            )
 
     def parts(self, stage: int, name: str) -> list[torch.Tensor]:
         """All ranks' parts of a tensor, in rank order."""

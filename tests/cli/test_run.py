@@ -233,6 +233,19 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(argv, message, capsys):
     assert code == 2 and len(lines) == 1 and message in lines[0]
 
 
+def test_the_json_is_written_though_nothing_was_sent(tmp_path, monkeypatch, capsys):
+    script, out = tmp_path / "script.py", tmp_path / "sent.json"
+    script.write_text("pass\n")
+    assert main(["run", str(script), "--lowbit-comm-json", str(out)]) == 0
+    assert json.loads(out.read_text())["calls"] == 0
+    with pytest.warns(UserWarning, match="compresses nothing with a tensor-parallel size of 1"):
+        assert main(["run", str(script), *SPEC, "--lowbit-comm-json", str(out)]) == 0
+    assert json.loads(out.read_text())["comm"] == SPEC[1]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root has every right
+    assert main(["run", str(script), "--lowbit-comm-json", str(out)]) == 2
+    assert f"--lowbit-comm-json {out} cannot be written" in capsys.readouterr().err
+
+
 def test_splitting_keeps_what_is_not_ours_verbatim():
     flags = (*OPTIONS, "--lowbit-comm-json")
     argv = ["--a", "1", "--lowbit-comm", "int4", "-b", "", "--lowbit-comm-sites=x=y", "--", "--lowbit-comm", "int8"]

@@ -201,6 +201,12 @@ def test_windows(config_of, family, changes, windows):
     ("family", "changes", "message"),
     [
         ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1; .* at least 2"),
+        ("gemma2", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types has 'chunked_attention'"),
+        ("gemma2", {"query_pre_attn_scalar": -4}, "query_pre_attn_scalar is -4, not a number above 0"),
+        ("gemma2", {"attn_logit_softcapping": "x"}, "attn_logit_softcapping is 'x', not a number above 0"),
+        ("llama", {"rms_norm_eps": None}, "rms_norm_eps is null"),
+        ("mixtral", {"num_local_experts": None}, "num_local_experts is null"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, and there are 4 experts"),
         ("mixtral", {"num_local_experts": 0}, "num_local_experts is 0, not a whole number above 0"),
         ("mistral", {"sliding_window": -1}, "sliding_window is -1, not a whole number above 0"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),

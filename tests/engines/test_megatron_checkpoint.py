@@ -315,6 +315,9 @@ def test_folders_that_are_no_checkpoints(converted, tmp_path):
     (converted / "release/mp_rank_01/model_optim_rng.pt").unlink()
     with pytest.raises(ModelError, match="mp_rank_01.* cannot be read"):
         MegatronCheckpoint(converted)
+    (converted / "release/mp_rank_01").rmdir()
+    with pytest.raises(ModelError, match="files of TP 1 x PP 1, and was made for TP 2 x PP 1; convert"):
+        MegatronCheckpoint(converted)
     shutil.rmtree(converted / "release")
     with pytest.raises(ModelError, match=r'release has no mp_rank_\* folders; only the "torch" format is read'):
         MegatronCheckpoint(converted)
