@@ -123,53 +123,10 @@ def read_config(folder: str | Path) -> ModelConfig:
             f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
     raw = {**family.defaults, **raw}
-    if raw.get("quantization_config"):
-        raise ModelError(f"{path}: quantized weights are not supported; use an fp32, fp16 or bf16 checkpoint")
-    activation = raw.get("hidden_activation") or raw.get("hidden_act") or family.activation
-    if activation != family.activation:
-        raise ModelError(
-            f"{path}: hidden_act {activation!r} is not supported for a {family.title}; supported: {family.activation!r}"
-        )
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ModelError(
-            f"{path}: the rotary embedding's parameters are {rope!r}, not an object; download the model again"
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError(
-            f"{path}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported; supported: 1.0"
-        )
-    for name in INTEGERS:
-        value = raw.get(name)
-        if name in raw and value is not None and (type(value) is not int or value < 1):
-            raise ModelError(f"{path}: {name} is {value!r}, not a whole number above 0; download the model again")
-    for name in NUMBERS:
-        value = raw.get(name)
-        if value is not None and (type(value) not in (int, float) or not value > 0):
-            raise ModelError(f"{path}: {name} is {value!r}, not a number above 0; download the model again")
-    needed = ("rms_norm_eps",) + (("num_local_experts", "num_experts_per_tok") if family.experts else ())
-    if nothing := [name for name in needed if name in raw and raw[name] is None]:
-        raise ModelError(f"{path}: {nothing[0]} is null; download the model again")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ROPE_NUMBERS:
-        raise ModelError(f"{path}: rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_NUMBERS)}")
-    if raw.get("use_bidirectional_attention"):
-        raise ModelError(f"{path}: use_bidirectional_attention is not supported; use a model that generates text")
-    if family.experts and raw["num_experts_per_tok"] == 1:  # Megatron would weigh it by its share of all experts
-        raise ModelError(f"{path}: num_experts_per_tok is 1; a {family.title} needs at least 2 here")
-    if family.experts and raw["num_experts_per_tok"] > raw["num_local_experts"]:
-        raise ModelError(
-            f"{path}: num_experts_per_tok is {raw['num_experts_per_tok']}, and there are {raw['num_local_experts']} "
-            "experts; download the model again"
-        )
-    if missing := [name for name in REQUIRED if raw.get(name) is None]:
-        raise ModelError(f"{path} lacks {missing[0]!r}; download the model again")
+    _check_values(raw, family, path)
+    _check_family(raw, family, path)
+    rope_type, rope = _rope(raw, path)
     heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-    if heads % (raw.get("num_key_value_heads") or heads):
-        raise ModelError(
-            f"{path}: num_key_value_heads {raw['num_key_value_heads']} does not divide num_attention_heads {heads}; "
-            "download the model again"
-        )
     try:
         return ModelConfig(
             layers=raw["num_hidden_layers"],
@@ -199,6 +156,66 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise ModelError(f"{path} lacks {error}; download the model again") from error
     except (TypeError, ValueError) as error:
         raise ModelError(f"{path} holds a value of the wrong kind ({error}); download the model again") from error
+
+
+def _check_values(raw: dict[str, Any], family: Family, path: Path) -> None:
+    """Raise ModelError for sizes and numbers that are missing or make no sense."""
+    for name in INTEGERS:
+        value = raw.get(name)
+        if name in raw and value is not None and (type(value) is not int or value < 1):
+            raise ModelError(f"{path}: {name} is {value!r}, not a whole number above 0; download the model again")
+    for name in NUMBERS:
+        value = raw.get(name)
+        if value is not None and (type(value) not in (int, float) or not value > 0):
+            raise ModelError(f"{path}: {name} is {value!r}, not a number above 0; download the model again")
+    needed = ("rms_norm_eps",) + (("num_local_experts", "num_experts_per_tok") if family.experts else ())
+    if nothing := [name for name in needed if name in raw and raw[name] is None]:
+        raise ModelError(f"{path}: {nothing[0]} is null; download the model again")
+    if missing := [name for name in REQUIRED if raw.get(name) is None]:
+        raise ModelError(f"{path} lacks {missing[0]!r}; download the model again")
+    heads = raw["num_attention_heads"]
+    if heads % (raw.get("num_key_value_heads") or heads):
+        raise ModelError(
+            f"{path}: num_key_value_heads {raw['num_key_value_heads']} does not divide num_attention_heads {heads}; "
+            "download the model again"
+        )
+
+
+def _check_family(raw: dict[str, Any], family: Family, path: Path) -> None:
+    """Raise ModelError for what the family is not built with here."""
+    if raw.get("quantization_config"):
+        raise ModelError(f"{path}: quantized weights are not supported; use an fp32, fp16 or bf16 checkpoint")
+    activation = raw.get("hidden_activation") or raw.get("hidden_act") or family.activation
+    if activation != family.activation:
+        raise ModelError(
+            f"{path}: hidden_act {activation!r} is not supported for a {family.title}; supported: {family.activation!r}"
+        )
+    if raw.get("use_bidirectional_attention"):
+        raise ModelError(f"{path}: use_bidirectional_attention is not supported; use a model that generates text")
+    if family.experts and raw["num_experts_per_tok"] == 1:  # Megatron would weigh it by its share of all experts
+        raise ModelError(f"{path}: num_experts_per_tok is 1; a {family.title} needs at least 2 here")
+    if family.experts and raw["num_experts_per_tok"] > raw["num_local_experts"]:
+        raise ModelError(
+            f"{path}: num_experts_per_tok is {raw['num_experts_per_tok']}, and there are {raw['num_local_experts']} "
+            "experts; download the model again"
+        )
+
+
+def _rope(raw: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
+    """(rope type, the rotary embedding's parameters). Raises ModelError for a kind that is not built here."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ModelError(
+            f"{path}: the rotary embedding's parameters are {rope!r}, not an object; download the model again"
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError(
+            f"{path}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported; supported: 1.0"
+        )
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_NUMBERS:
+        raise ModelError(f"{path}: rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_NUMBERS)}")
+    return rope_type, rope
 
 
 def _windows(raw: dict[str, Any], family: Family) -> tuple[int | None, ...]:
