@@ -81,7 +81,8 @@ class Geometry:
 
     @property
     def warps(self) -> int:
-        return max(1 if self.rowwise else WARPS, min(16, self.blocks * self.threads // 32))
+        least, most = (1, 16) if self.rowwise else (WARPS, 8)
+        return max(least, min(most, self.blocks * self.threads // 32))
 
     @property
     def constants(self) -> dict[str, int]:
@@ -96,8 +97,9 @@ def geometry(features: int, *codecs: Kernel, rowwise: bool = False) -> Geometry:
         ragged = gcd(features, 8)
     else:
         ragged = 0 if features and features % unit == 0 else 32 if features % 32 == 0 else 1
-    # Single values are many addresses and are all under way at once: two threads for a block, or registers will not do.
-    threads = 1 if ragged in (0, 32) else 2
+    # Single values are many addresses, all under way at once: more threads for a block, or registers will not do.
+    planes = max(codec.bits.bit_count() for codec in codecs)
+    threads = 1 if ragged in (0, 32) else 4 if planes == 3 else 2
     group = max(codec.group * codec.together // 32 for codec in codecs)
     if not rowwise:
         return Geometry(features, blocks_per_row, ragged, 0, max(TILE // threads, group), threads)

@@ -26,9 +26,9 @@ ahead = pytest.importorskip("megatron_lowbit.kernels.triton_ahead")
 ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = (80, 90, 100)
 OPERATIONS = ("encode", "reduce", "reduce_encode", "reduce_add_rmsnorm")
-REGISTERS = {"spike": 192, "gauss": 176, "trellis": 255}  # 128 in other families; 255 where a row may end in a block
+REGISTERS = {"spike": 216, "gauss": 176, "trellis": 255}  # 128 in other families; 255 where a row may end in a block
 SPILLED = 16  # bytes: ptxas now and then keeps two or three registers in memory although there are more
-SPILLED_BY_SEVEN = 32  # where a row may end in a block, int7 has three planes of single bytes under way
+SPILLED_BY_SEVEN = 320  # where a row may end in a block: three planes of single bytes, and spikes in large tiles
 OLD = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2]) < (3, 6)
 SPILLED_BY_OLD = 2048  # where a row may end in a block
 UNKNOWN = "int4:g32 aligned 999 encode"
@@ -97,7 +97,9 @@ def test_compiles_to_what_it_should(case, figures):
     assert "error" not in kernels, kernels["error"]
     whole = shape in ("aligned", "token", "long")
     registers = REGISTERS.get(lowbit.codec(spec).kernel.family, 128) if whole else 255
-    spilled = SPILLED if whole else SPILLED_BY_OLD if OLD else SPILLED_BY_SEVEN if spec.startswith("int7") else SPILLED
+    spilled = (
+        SPILLED if whole else SPILLED_BY_OLD if OLD else SPILLED_BY_SEVEN if spec.startswith("int7:g128") else SPILLED
+    )
     for operation, kernel in kernels.items():
         assert kernel["local"] <= spilled and kernel["registers"] <= registers, (operation, kernel)
         assert kernel["shared"] < 48 << 10, (operation, kernel)
