@@ -70,7 +70,7 @@ def store(
         store_rounded(out + (start // blocks_per_row).to(tl.int64) * pitch + place, values, live)
     else:
         live = inside(start, features, blocks_per_row, low, high, RAGGED, NB)
-        APART: tl.constexpr = OUTLIERS or RAGGED == 1 or RAGGED == 32
+        APART: tl.constexpr = OUTLIERS or (RAGGED == 1 or RAGGED == 32)  # Triton 3.2 takes no chains
         store_rounded(out + places(start, pitch, blocks_per_row, APART, NB), values, live)
 
 

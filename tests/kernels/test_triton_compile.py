@@ -5,6 +5,7 @@ The interpreter takes much that the compiler does not. compile_kernels.py compil
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -128,3 +129,12 @@ def test_divisions_are_those_that_no_triton_rounds_otherwise():
     for file in (ROOT / "kernels").glob("triton_*.py"):
         own = re.findall(r"tl\.(?:div_rn|sqrt_rn|fdiv|math\.\w+)", file.read_text())
         assert not own or file.name == "triton_tiles.py", (file.name, own)
+
+
+def test_no_chains_of_booleans():
+    """Triton 3.2 compiles `a or b` and not `a or b or c`."""
+    for file in (ROOT / "kernels").glob("triton_*.py"):
+        functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+        jitted = [function for function in functions if any("jit" in ast.unparse(d) for d in function.decorator_list)]
+        for node in (node for function in jitted for node in ast.walk(function)):
+            assert not isinstance(node, ast.BoolOp) or len(node.values) == 2, (file.name, ast.unparse(node))
