@@ -38,12 +38,12 @@ def load_parts(pointer, length, step, RAGGED: tl.constexpr):
 
     length: `block_lengths`; blocks are whole or not there unless RAGGED is 1.
     """
-    if pointer.dtype.element_ty.primitive_bitwidth == 16:
-        values = _load_four(pointer, length, step, 0, 8, RAGGED)
-    else:
+    if pointer.dtype.element_ty == tl.float32:
         first = _load_four(pointer, length, step, 0, 4, RAGGED)
         second = _load_four(pointer + 4 * step, length, step, 16, 4, RAGGED)
         values = tl.reshape(tl.permute(tl.join(first, second), (2, 0, 1)), (32, pointer.shape[0]))
+    else:
+        values = _load_four(pointer, length, step, 0, 8, RAGGED)
     return values
 
 
