@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("reference", "numba", "triton")
 OLDEST_TRITON = (3, 2)
+BROKEN_TRITON = (3, 3)  # its compiler fails over some of the kernels ("'tt.join' op failed to infer returned types")
 OLDEST_GPU = (8, 0)
 _chosen: dict[tuple, str] = {}  # no lru_cache, which torch.compile warns about
 
@@ -90,10 +91,13 @@ def _triton_problem(device: str, index: int | None, interpreted: bool) -> str | 
         found = version("triton")
     except PackageNotFoundError:
         return "triton is not installed: pip install 'megatron-lowbit[gpu]'"
-    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST_TRITON:
+    release = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    if release < OLDEST_TRITON:
         return f"triton {found} is too old: pip install 'triton>={'.'.join(map(str, OLDEST_TRITON))}'"
     if interpreted:
         return None
+    if release == BROKEN_TRITON:
+        return f"triton {found} cannot compile all of the kernels: pip install 'triton>=3.4', or 3.2"
     if device == "cpu":
         return "these are CPU tensors: move them to a GPU, or set TRITON_INTERPRET=1 to try the kernels out on a CPU"
     if device != "cuda":

@@ -58,6 +58,9 @@ def test_what_triton_cannot_run_on_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(backend, "version", lambda name: "3.1.0")
     with pytest.raises(lowbit.ConfigError, match=r"triton 3.1.0 is too old: pip install 'triton>=3.2'"):
         choose("cuda", 0, "triton", interpreted=False)
+    monkeypatch.setattr(backend, "version", lambda name: "3.3.1")
+    with pytest.raises(lowbit.ConfigError, match=r"triton 3.3.1 cannot compile all .*pip install 'triton>=3.4'"):
+        choose("cuda", 0, "triton", interpreted=False)
 
 
 def test_without_triton_the_user_is_told(monkeypatch):

@@ -18,6 +18,7 @@ import torch
 import triton
 
 import megatron_lowbit as lowbit
+from megatron_lowbit.codecs.backend import BROKEN_TRITON
 from megatron_lowbit.spec import parse_leg
 from tests.kernels.compile_kernels import SHAPES
 from tests.kernels.test_triton import ALL, launch
@@ -30,7 +31,8 @@ OPERATIONS = ("encode", "reduce", "reduce_encode", "reduce_add_rmsnorm")
 REGISTERS = {"spike": 216, "gauss": 176, "trellis": 255}  # 128 in other families; 255 where a row may end in a block
 SPILLED = 16  # bytes: ptxas now and then keeps two or three registers in memory although there are more
 SPILLED_BY_SEVEN = 320  # where a row may end in a block: three planes of single bytes, and spikes in large tiles
-OLD = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2]) < (3, 6)
+RELEASE = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+OLD = RELEASE < (3, 9)  # other compilers than the one that the kernels were written with
 SPILLED_BY_OLD = 2048  # where a row may end in a block
 UNKNOWN = "int4:g32 aligned 999 encode"
 
@@ -92,12 +94,14 @@ def figures(request):
 @pytest.mark.parametrize("case", few() + [pytest.param(case, marks=pytest.mark.slow) for case in every()])
 def test_compiles_to_what_it_should(case, figures):
     spec, shape, capability = case.split()[:3]
+    if RELEASE == BROKEN_TRITON:
+        pytest.skip("this Triton cannot compile all of the kernels, and is refused")
     if int(capability) not in ahead.capabilities():
         pytest.skip(f"this Triton does not know capability {capability}")
     kernels = figures(case)
     assert "error" not in kernels, kernels["error"]
     whole = shape in ("aligned", "token", "long")
-    registers = REGISTERS.get(lowbit.codec(spec).kernel.family, 128) if whole else 255
+    registers = REGISTERS.get(lowbit.codec(spec).kernel.family, 128) if whole and not OLD else 255
     spilled = (
         SPILLED if whole else SPILLED_BY_OLD if OLD else SPILLED_BY_SEVEN if spec.startswith("int7:g128") else SPILLED
     )
