@@ -29,14 +29,65 @@ FAMILIES = {  # what the family's own settings are in the tests: windows shorter
     },
 }
 
+# Families that Megatron's tests do not need, and how their config.json differs. Names with a suffix are variants.
+_UNGROUPED = {"num_key_value_heads": None}  # what a family does not know DeepSpeed would believe
+MORE_FAMILIES = {
+    "qwen2_moe": {
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    "gemma": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 7, "query_pre_attn_scalar": 24},
+    "phi3": {"pad_token_id": 0, "sliding_window": 9},
+    "opt": _UNGROUPED | {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2},
+    "gpt2": _UNGROUPED | {"n_positions": 64},
+    "gpt_neox": _UNGROUPED,
+    "gptj": _UNGROUPED | {"n_positions": 64, "rotary_dim": 4},
+    "bloom": _UNGROUPED,
+    "falcon": _UNGROUPED | {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+    "falcon-7b": _UNGROUPED | {"new_decoder_architecture": False, "multi_query": True, "alibi": False},
+    "falcon-rw": _UNGROUPED
+    | {
+        "new_decoder_architecture": False,
+        "multi_query": False,
+        "alibi": True,
+        "parallel_attn": False,
+        "bias": True,
+    },
+    "starcoder2": {"sliding_window": 7},
+    "t5": _UNGROUPED
+    | {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+        "initializer_factor": 0.2,
+    },
+    "bert": _UNGROUPED,
+}
+EVERY_FAMILY = FAMILIES | MORE_FAMILIES
+
 
 def random_model(family: str, seed: int = 7, **changes) -> torch.nn.Module:
-    """2 layers, hidden size 32, 4 heads, 2 key-value heads, 61 tokens; `changes` are the config's."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """2 layers, hidden size 32, 4 heads, 2 key-value heads, 61 tokens; `changes` are the config's.
+
+    With its head: causal, masked (BERT) or sequence-to-sequence (T5).
+    """
+    import transformers
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family] | changes))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    kind = family.split("-")[0]
+    config = transformers.AutoConfig.for_model(kind, **(SIZES | EVERY_FAMILY[family] | changes))
+    heads = {"bert": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"}
+    head = getattr(transformers, heads.get(kind, "AutoModelForCausalLM"))
+    model = head.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:

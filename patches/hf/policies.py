@@ -1,7 +1,8 @@
 """Which layers of a family of Transformers models make partial sums, and what their sites are called: a row a family.
 
 A path in `rows` is that of a layer within its transformer layer, with "*" for one part of it; the value is the end of
-its site's name. Rows that a model does not have (experts of a dense layer, another release's spelling) do no harm.
+its site's name. Rows that a model does not have (experts of a dense layer, another release's spelling) do no harm: an
+expert is a module of its own in Transformers 4 ("mlp.experts.3.down_proj"), all of a layer's are one in 5.
 """
 
 from __future__ import annotations
@@ -82,4 +83,4 @@ POLICIES = {
         },
     ),
 }
-"""`model_type` of config.json -> its policy."""
+"""`model_type` of config.json, or of the text part in it -> its policy."""
