@@ -75,6 +75,18 @@ MORE_FAMILIES = {
 EVERY_FAMILY = FAMILIES | MORE_FAMILIES
 
 
+def site_names(family: str) -> list[str]:
+    """The sites of `random_model(family)`, those of experts included, in the order of its modules."""
+    if family == "qwen2_moe":  # whose second layer is dense here
+        experts = ["layers.0.moe.combine", "layers.0.moe.shared_experts"]
+        return ["layers.0.attention", *experts, "layers.1.attention", "layers.1.mlp"]
+    parts = ["attention", "moe.combine" if family in ("mixtral", "qwen3_moe") else "mlp"]
+    if family == "t5":
+        encoder = [f"encoder.layers.{layer}.{part}" for layer in range(2) for part in parts]
+        return encoder + [f"layers.{i}.{part}" for i in range(2) for part in ("attention", "cross_attention", "mlp")]
+    return [f"layers.{layer}.{part}" for layer in range(2) for part in parts]
+
+
 def random_model(family: str, seed: int = 7, **changes) -> torch.nn.Module:
     """2 layers, hidden size 32, 4 heads, 2 key-value heads, 61 tokens; `changes` are the config's.
 

@@ -1,28 +1,102 @@
-"""What `deepspeed.init_inference` is told of a model: its injection policy, from the family's row of hf/policies.py."""
+"""What `deepspeed.init_inference` is told of a model: its injection policy, from the family's row of hf/policies.py.
+
+DeepSpeed splits the columns of every linear layer within a transformer layer, but the rows of those that the policy
+names. A row that is forgotten is thus not left alone: the layer computes nonsense. So a family without a policy, whose
+layers are found by their names, must have one for its attention and one for its MLP in every layer.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from megatron_lowbit.patches.hf.sites import named
+from megatron_lowbit.errors import ModelError
+from megatron_lowbit.patches.hf.sites import named, policy_of
+
+from . import families
 
 InjectionPolicy = dict[type[torch.nn.Module], tuple[str, ...]]
 
 
-def prepare(model: torch.nn.Module, tp_size: int) -> InjectionPolicy | None:
-    """The injection policy for a model that is about to be sharded, or None to let DeepSpeed look for one."""
-    modules = dict(model.named_modules())
+def prepare(model: torch.nn.Module, tp_size: int) -> InjectionPolicy:
+    """The injection policy for a model that is about to be sharded. Repairs in place what DeepSpeed would break.
+
+    A repaired model computes what it did before, sharded or not, but some parameters have other names. Raises
+    ModelError for a model that has no row-parallel layers, that `tp_size` does not divide, or that cannot be repaired.
+    """
+    rows = [(site, path, module) for site, path, module in named(model) if families.is_linear(module)]
+    if not rows:
+        raise ModelError(f"no row-parallel layer in {type(model).__name__}: {_found(model)}")
+    if policy_of(model) is None:
+        _check_guess(model, {site for site, _, _ in rows})
+    _check_sizes(model, tp_size, rows)
+    families.repair(model)
     policy: dict[type[torch.nn.Module], list[str]] = {}
-    for _, path, module in named(model):
-        if isinstance(module, torch.nn.Linear):
-            layer, _, within = _split(path)
-            names = policy.setdefault(type(modules[layer]), [])
-            names += [within] if within not in names else []
-    return {kind: tuple(names) for kind, names in policy.items()} or None
+    for _, path, _ in rows:
+        layer, within = _split(path)
+        names = policy.setdefault(type(model.get_submodule(layer)), [])
+        # DeepSpeed knows a linear layer by its parent's name and its own: "DenseReluDense.wo", or ".fc2"
+        name = ".".join(["", *within][-2:])
+        names += [name] if name not in names else []
+    return {kind: tuple(names) for kind, names in policy.items()}
 
 
-def _split(path: str) -> tuple[str, str, str]:
-    """("model.layers.0", ".", "mlp.down_proj")"""
+def _split(path: str) -> tuple[str, list[str]]:
+    """("model.layers.0", ["mlp", "down_proj"])"""
     parts = path.split(".")
     at = next(i for i, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[: at + 1]), ".", ".".join(parts[at + 1 :])
+    return ".".join(parts[: at + 1]), parts[at + 1 :]
+
+
+def _check_guess(model: torch.nn.Module, sites: set[str]) -> None:
+    layers = {site.rsplit(".", 1)[0].removesuffix(".moe") for site in sites}
+    for layer in sorted(layers):
+        kinds = {site.removeprefix(f"{layer}.") for site in sites if site.startswith(f"{layer}.")}
+        if "attention" not in kinds or kinds <= {"attention", "cross_attention"}:
+            raise ModelError(
+                f"of {layer} only {', '.join(sorted(kinds))} has a usual name for a row-parallel layer: {_found(model)}"
+            )
+
+
+def _found(model: torch.nn.Module) -> str:
+    """What there is instead, and what to do about it."""
+    linear = sorted(
+        {
+            ".".join(part for part in path.split(".") if not part.isdigit())
+            for path, module in model.named_modules()
+            if families.is_linear(module)
+        }
+    )
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if not linear:
+        return "it has no linear layers, or was sharded already; pass the model as from_pretrained returned it"
+    return f"its linear layers are {', '.join(linear)}; add model type {kind!r} to POLICIES of patches/hf/policies.py"
+
+
+def _check_sizes(model: torch.nn.Module, tp_size: int, rows: list[tuple[str, str, torch.nn.Module]]) -> None:
+    if not isinstance(tp_size, int) or tp_size < 1:
+        raise ModelError(f"tp_size is {tp_size!r}: give the number of ranks, 1 or more")
+    numbers = _heads(model)
+    for site, _, module in rows:
+        numbers.setdefault(families.in_features(module), f"features that enter {site}")
+    wrong = [f"{number} {what}" for number, what in numbers.items() if number % tp_size]
+    if wrong:
+        most = math.gcd(*numbers)
+        sizes = ", ".join(str(size) for size in range(1, most + 1) if most % size == 0)
+        raise ModelError(
+            f"tp_size={tp_size} does not divide the {' and the '.join(wrong)} of {type(model).__name__}: use {sizes}"
+        )
+
+
+def _heads(model: torch.nn.Module) -> dict[int, str]:
+    """Numbers of heads that are split among the ranks, and what they are."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", None) or config
+    heads = {}
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if not families.shares_key_and_value(config) and (number := getattr(config, name, None)):
+            heads[number] = "key-value heads"
+    if number := getattr(config, "num_attention_heads", None):
+        heads[number] = "attention heads"
+    return heads

@@ -6,29 +6,16 @@ import transformers
 from torch import nn
 
 from megatron_lowbit.patches.hf.sites import named, site_of
-from tests.models import EVERY_FAMILY, SIZES, random_model
-
-PARTS = {"mixtral": ["attention", "moe.combine"], "qwen3_moe": ["attention", "moe.combine"]}
-
-
-def expected(family: str) -> list[str]:
-    if family == "qwen2_moe":  # its second layer is dense, in the tests
-        dense = ["layers.1.attention", "layers.1.mlp"]
-        return ["layers.0.attention", "layers.0.moe.combine", "layers.0.moe.shared_experts", *dense]
-    parts = PARTS.get(family, ["attention", "mlp"])
-    if family == "t5":
-        encoder = [f"encoder.layers.{layer}.{part}" for layer in range(2) for part in parts]
-        return encoder + [f"layers.{i}.{part}" for i in range(2) for part in ("attention", "cross_attention", "mlp")]
-    return [f"layers.{layer}.{part}" for layer in range(2) for part in parts]
+from tests.models import EVERY_FAMILY, SIZES, random_model, site_names
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_every_family(family):
     model = random_model(family)
-    assert [site for site, _, _ in named(model)] == expected(family)
-    assert [site_of(model, path) for _, path, _ in named(model)] == expected(family)
+    assert [site for site, _, _ in named(model)] == site_names(family)
+    assert [site_of(model, path) for _, path, _ in named(model)] == site_names(family)
     if model.base_model is not model:  # the model without its head has the same sites
-        assert [site for site, _, _ in named(model.base_model)] == expected(family)
+        assert [site for site, _, _ in named(model.base_model)] == site_names(family)
 
 
 def test_models_without_their_head():
