@@ -33,13 +33,13 @@ FAMILIES = {  # what the family's own settings are in the tests: windows shorter
 _UNGROUPED = {"num_key_value_heads": None}  # what a family does not know DeepSpeed would believe
 MORE_FAMILIES = {
     "qwen2_moe": {
-        "moe_intermediate_size": 24,
+        "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 40,
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "mlp_only_layers": [1],
     },
-    "qwen3_moe": {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
     "gemma": {"head_dim": 16},
     "gemma3_text": {"head_dim": 16, "sliding_window": 7, "query_pre_attn_scalar": 24},
     "phi3": {"pad_token_id": 0, "sliding_window": 9},

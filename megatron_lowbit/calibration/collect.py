@@ -11,6 +11,7 @@ partial sums is sent: they differ by the scatter leg's error, a small part of th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -111,8 +112,21 @@ def watch(
     tracker: RangeTracker,
     advance: Callable[[], None] = lambda: None,
 ) -> None:
-    """Show `tracker` what `tp` ranks would reduce of `windows`, token ids [windows, tokens]; `advance` after each."""
+    """Show `tracker` what `tp` ranks would reduce of `windows`, token ids [windows, tokens]; `advance` after each.
+
+    A model with an encoder and a decoder sees the window in both.
+    """
+    base, inputs = _without_head(model)
     with simulated_tp(model, tp, tracker.observe):
         for window in windows:
-            model.model(input_ids=window[None], use_cache=False)  # without the head: no site is behind it
+            base(**inputs(window[None]))
             advance()
+
+
+def _without_head(model: torch.nn.Module) -> tuple[torch.nn.Module, Callable[[torch.Tensor], dict]]:
+    """What has all sites, and no logits to compute where it can do without them; and its arguments, from token ids."""
+    base = getattr(model, "base_model", model)
+    known = inspect.signature(base.forward).parameters
+    constant = {"use_cache": False} if "use_cache" in known else {}
+    ids = [name for name in ("input_ids", "decoder_input_ids") if name in known]
+    return base, lambda window: constant | dict.fromkeys(ids, window)

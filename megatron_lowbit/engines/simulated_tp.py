@@ -3,7 +3,8 @@
 Only these layers differ from the unsplit model: their input features, and the columns of their weights, are cut into N
 equal parts, as Megatron cuts them. What the N products become is up to a function, which sees every partial sum that
 would cross a link: it can send them through a codec, or look at them. Experts are cut alike, and their partial sums are
-those of a token's chosen experts together, as they cross in Megatron's all-gather dispatcher.
+those of a token's chosen experts together, as they cross in Megatron's all-gather dispatcher. patches/hf/policies.py
+lists the layers of each family.
 """
 
 from __future__ import annotations
@@ -16,25 +17,30 @@ import torch
 from torch.nn.functional import linear as product
 
 from ..errors import ModelError
+from ..patches.hf.policies import POLICIES
+from ..patches.hf.sites import named
 
 Reduce = Callable[[str, list[torch.Tensor]], torch.Tensor]
 """(site, one partial sum [..., features] per rank, in rank order) -> their sum, of the same shape and dtype."""
 
 
 def row_parallel(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Site -> the layer, or all experts of one, whose outputs are partial sums there, in order of the forward pass."""
-    sites = {}
-    try:
-        for index, layer in enumerate(model.model.layers):
-            sites[f"layers.{index}.attention"] = layer.self_attn.o_proj
-            experts = getattr(layer.mlp, "experts", None)
-            kind, summing = ("moe.combine", experts) if experts is not None else ("mlp", layer.mlp.down_proj)
-            sites[f"layers.{index}.{kind}"] = summing
-    except AttributeError as error:
+    """Site -> the layer, or all experts of one, whose outputs are partial sums there, in the order of the modules.
+
+    Where each expert is a layer of its own, as in Transformers 4, they share a site, and the last one stands for them.
+    Raises ModelError for a model without any.
+    """
+    return dict(_row_parallel(model))
+
+
+def _row_parallel(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    layers = [(site, layer) for site, _, layer in named(model)]
+    if not layers:
         raise ModelError(
-            f"{type(model).__name__} is not built like a Llama ({error}); use a model of a family in families.py"
-        ) from error
-    return sites
+            f"{type(model).__name__} has no row-parallel layer of a name that is known: use a Transformers model of a "
+            f"family in patches/hf/policies.py, such as {', '.join(POLICIES)}"
+        )
+    return layers
 
 
 @contextmanager
@@ -43,30 +49,39 @@ def simulated_tp(model: torch.nn.Module, tp: int, reduce: Reduce) -> Iterator[No
 
     Raises ModelError if `tp` does not divide the input features of a layer.
     """
-    sites = row_parallel(model)
-    for site, layer in sites.items():
+    layers = _row_parallel(model)
+    for site, layer in layers:
         features = _features(layer)
         if tp < 1 or features % tp:
             raise ModelError(f"TP={tp} does not divide the {features} features that enter {site}; use another")
-    before = {site: vars(layer).get("forward") for site, layer in sites.items()}
+    before = [vars(layer).get("forward") for _, layer in layers]
     try:
-        for site, layer in sites.items():
-            split = _split_forward if isinstance(layer, torch.nn.Linear) else _split_experts
+        for site, layer in layers:
+            split = _split_experts if _is_experts(layer) else _split_forward
             layer.forward = split(site, layer, tp, reduce)
         yield
     finally:
-        for site, layer in sites.items():
-            del layer.forward
-            if before[site] is not None:
-                layer.forward = before[site]
+        for (_, layer), forward in zip(layers, before):
+            vars(layer).pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
+
+
+def _is_experts(layer: torch.nn.Module) -> bool:
+    return not hasattr(layer, "weight")
+
+
+def _columns(layer: torch.nn.Module) -> torch.Tensor:
+    """The weights, [output features, input features], also of GPT-2's Conv1D, which has them the other way round."""
+    return layer.weight if isinstance(layer, torch.nn.Linear) else layer.weight.t()
 
 
 def _features(layer: torch.nn.Module) -> int:
-    return layer.in_features if isinstance(layer, torch.nn.Linear) else layer.down_proj.shape[-1]
+    return (layer.down_proj if _is_experts(layer) else _columns(layer)).shape[-1]
 
 
-def _split_forward(site: str, layer: torch.nn.Linear, tp: int, reduce: Reduce) -> Callable:
-    weights = layer.weight.chunk(tp, dim=1)
+def _split_forward(site: str, layer: torch.nn.Module, tp: int, reduce: Reduce) -> Callable:
+    weights = _columns(layer).chunk(tp, dim=1)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         total = reduce(site, [product(part, w) for part, w in zip(x.chunk(tp, dim=-1), weights)])

@@ -12,6 +12,7 @@ from megatron_lowbit.calibration.collect import watch
 from megatron_lowbit.engines.simulated_tp import row_parallel
 from megatron_lowbit.errors import ConfigError
 from tests.llama import tiny_llama
+from tests.models import random_model, site_names
 
 SITES = ("layers.0.attention", "layers.0.mlp", "layers.1.attention", "layers.1.mlp")
 
@@ -162,3 +163,14 @@ def test_ranks_have_the_ranges_of_their_own_weights(tp):
         assert torch.allclose(ranges.sum_high, expected[site][tp, 1], atol=1e-3)
         for rank in range(1, tp):
             assert not torch.allclose(ranges.low[0], ranges.low[rank], atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen2_moe", "t5", "bert"])
+def test_watches_models_that_are_built_otherwise(family):
+    """Those without `model.model`, with an encoder, or with both: every site is seen, and the model left alone."""
+    model, tracker = random_model(family), RangeTracker()
+    ids = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(1))
+    watch(model, ids, 2, tracker)
+    calibration = tracker.finish()
+    assert sorted(calibration.sites) == sorted(site_names(family)) and calibration.tp == 2
+    assert all("forward" not in vars(layer) for layer in row_parallel(model).values())

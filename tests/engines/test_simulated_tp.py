@@ -1,13 +1,18 @@
 """Partial sums in one process are those of ranks, and leave the model as it was."""
 
+import contextlib
+import io
+
 import pytest
 import torch
 
+import megatron_lowbit as lowbit
 from megatron_lowbit.engines.hf_model import read_config
 from megatron_lowbit.engines.simulated_tp import row_parallel, simulated_tp
 from megatron_lowbit.errors import ModelError
 from tests.llama import tiny_llama
-from tests.models import FAMILIES, random_model
+from tests.models import EVERY_FAMILY, FAMILIES, random_model, site_names
+from tests.ranks import run_ranks
 
 IDS = torch.arange(20)[None] * 7 % 61
 SITES = ["layers.0.attention", "layers.0.mlp", "layers.1.attention", "layers.1.mlp"]
@@ -52,6 +57,96 @@ def test_every_family_is_split_where_megatron_splits_it(family, tp, tmp_path):
     sums = [site for site in read_config(tmp_path).sites if not site.endswith(".dispatch")]
     assert seen == sums == list(row_parallel(model))
     assert torch.equal(model(IDS).logits, expected)
+
+
+def logits(model, family):
+    return model(IDS, **({"decoder_input_ids": IDS[:, :9]} if family == "t5" else {})).logits
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+@torch.no_grad()
+def test_every_family_of_transformers(family, tp):
+    model, seen = random_model(family), []
+
+    def reduce(site, partials):
+        seen.append(site)
+        assert len(partials) == tp and not torch.allclose(partials[0], partials[1], atol=1e-3)
+        return exact(site, partials)
+
+    expected = logits(model, family)
+    with simulated_tp(model, tp, reduce):
+        assert torch.allclose(logits(model, family), expected, atol=1e-4 * expected.abs().max())
+    assert list(row_parallel(model)) == site_names(family)
+    assert sorted(seen) == sorted(site_names(family))  # Qwen2-MoE computes its shared expert first
+    assert torch.equal(logits(model, family), expected)
+
+
+RANKED = ("llama", "gpt2", "opt", "falcon-7b", "t5")
+
+
+def watched(model, found):
+    """Note what comes out of each row-parallel layer."""
+    for site, layer in row_parallel(model).items():
+        layer.register_forward_hook(lambda layer, inputs, output, site=site: found.update({site: output.clone()}))
+
+
+@torch.no_grad()
+def sharded(rank, world):
+    import deepspeed
+    import deepspeed.ops
+
+    from megatron_lowbit.patches.ds.injection import prepare
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    sums = {family: {} for family in RANKED}
+    for family in RANKED:
+        model = random_model(family)
+        settings = {"tensor_parallel": {"tp_size": world}, "dtype": torch.float32}
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine = deepspeed.init_inference(model, injection_policy=prepare(model, world), **settings)
+        watched(model, sums[family])
+        with lowbit.patches.deepspeed.enable(engine, lowbit.CommConfig("int8:g32", min_bytes=0)):
+            logits(engine, family)
+    return sums
+
+
+@torch.no_grad()
+def test_sums_are_those_of_ranks_of_deepspeed_bit_by_bit():
+    """The logits are not: DeepSpeed reduces them too, and exactly, in another order of summation than one process."""
+    ranks = run_ranks(2, sharded)
+    for family in RANKED:
+        model, sums = random_model(family), {}
+        watched(model, sums)
+        with simulated_tp(
+            model, 2, lambda site, partials: lowbit.simulate.all_reduce(partials, "int8:g32", "one-shot")
+        ):
+            logits(model, family)
+        assert list(sums) == site_names(family)
+        for rank in ranks:
+            assert all(rank[family][site].equal(total) for site, total in sums.items()), family
+
+
+@torch.no_grad()
+def test_experts_that_are_layers_of_their_own():
+    """As Transformers 4 has them: they share a site, and each is a reduction."""
+
+    class MixtralDecoderLayer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            experts = [torch.nn.ModuleDict({"w2": torch.nn.Linear(8, 4)}) for _ in range(2)]
+            self.block_sparse_moe = torch.nn.ModuleDict({"experts": torch.nn.ModuleList(experts)})
+
+    model, seen = torch.nn.Module(), []
+    model.config = type("Config", (), {"model_type": "mixtral"})()
+    model.layers = torch.nn.ModuleList([MixtralDecoderLayer()])
+    one, other = (expert.w2 for expert in model.layers[0].block_sparse_moe.experts)
+    x = torch.randn(3, 8)
+    expected = one(x), other(x)
+    with simulated_tp(model, 2, lambda site, partials: seen.append(site) or exact(site, partials)):
+        torch.testing.assert_close((one(x), other(x)), expected)
+    assert seen == ["layers.0.moe.experts"] * 2
+    assert one(x).equal(expected[0]) and other(x).equal(expected[1])
 
 
 @torch.no_grad()
@@ -131,5 +226,7 @@ def test_a_size_that_does_not_divide(tp):
 
 
 def test_another_architecture():
-    with pytest.raises(ModelError, match="Linear is not built like a Llama"):
+    with pytest.raises(
+        ModelError, match="Linear has no row-parallel layer of a name that is known: .* such as llama, mistral"
+    ):
         row_parallel(torch.nn.Linear(2, 2))
