@@ -24,7 +24,8 @@ _CROSS = re.compile(r"cross|encdec|enc_attn|encoder_attn", re.IGNORECASE)
 _BESIDE = re.compile(r"vision|visual|image|audio", re.IGNORECASE)  # stacks beside the language model's
 # How row-parallel layers are usually called: what DeepSpeed's AutoTP looks for, and the other names of policies.py.
 _USUAL = re.compile(
-    r"(.+\.)?(o_proj|out_proj|down_proj|c_proj|dense_4h_to_h|fc2|fc_out|wo|w2|\w*attention\.dense|output\.dense)"
+    r"(.+\.)?(o_proj|out_proj|down_proj|c_proj|dense_4h_to_h|fc2|fc_out|wo|w2|out_lin|lin2|output\.dense"
+    r"|\w*(attn|attention)\.dense)"
 )
 
 
