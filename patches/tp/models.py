@@ -30,7 +30,14 @@ def blank(model_config) -> torch.nn.Module:
             "AutoConfig.from_pretrained(path) returns"
         )
     with torch.device("meta"):
-        return kind(copy.deepcopy(model_config))
+        return kind(unsharded(model_config))
+
+
+def unsharded(model_config):
+    """A copy, without what a sharded model's configuration says of that."""
+    config = copy.deepcopy(model_config)
+    vars(config).pop("distributed_config", None)
+    return config
 
 
 def check_keys(model: torch.nn.Module, plan: Plan) -> None:

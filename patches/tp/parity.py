@@ -6,7 +6,6 @@ fluent nonsense. The copy has two layers and, where that is known to be possible
 
 from __future__ import annotations
 
-import copy
 import tempfile
 
 import torch
@@ -14,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_lowbit.errors import ConfigError, ModelError
 
-from .models import Plan, blank, check_keys
+from .models import Plan, blank, check_keys, unsharded
 
 TOLERANCE = 1e-3  # of the largest output; what is right differs by some 1e-6
 _TOKENS = (2, 12)
@@ -37,7 +36,7 @@ def check_plan(model_config, plan: Plan, tp_size: int | None = None) -> float:
     check_keys(blank(model_config), plan)
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         whole = _small(model_config, world)
-        whole.save_pretrained(folder)
+        _save(whole, folder)
         difference = torch.tensor([_difference(whole, folder, plan, world)])
     dist.all_reduce(difference, dist.ReduceOp.MAX)
     if not difference.item() <= TOLERANCE:
@@ -64,7 +63,7 @@ def _small(model_config, world: int) -> torch.nn.Module:
     """A random model like it, the same on all ranks."""
     torch.manual_seed(0)
     for shrink in (_narrow, _shallow):
-        small = shrink(copy.deepcopy(model_config), world)
+        small = shrink(unsharded(model_config), world)
         try:
             kind = type(blank(small))
             model = kind(small).float().eval()
@@ -105,11 +104,20 @@ def _narrow(config, world: int):
     return config
 
 
+def _save(model: torch.nn.Module, folder: str) -> None:
+    """Write the model on every rank; `save_pretrained` does on the first alone."""
+    from safetensors.torch import save_file
+
+    tensors = {tensor.data_ptr(): (name, tensor) for name, tensor in reversed(model.state_dict().items())}  # tied: once
+    model.config.save_pretrained(folder)
+    save_file(dict(tensors.values()), f"{folder}/model.safetensors", {"format": "pt"})
+
+
 def _difference(whole: torch.nn.Module, folder: str, plan: Plan, world: int) -> float:
     from transformers.distributed import DistributedConfig
 
     ids = torch.arange(_TOKENS[0] * _TOKENS[1]).view(_TOKENS) % whole.config.get_text_config().vocab_size
-    distributed = DistributedConfig(tp_size=world, tp_plan=plan)
+    distributed = DistributedConfig(tp_size=world, tp_plan=plan or None)
     try:
         sharded = type(whole).from_pretrained(folder, distributed_config=distributed, dtype=torch.float32).eval()
         with torch.no_grad():
