@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ class DeepSpeedEngine(HfEngine):
         model = facts.load(dtype)
         if self.tp == 1:
             return model.to(self.device)
-        with contextlib.redirect_stdout(io.StringIO()) if self._quiet else contextlib.nullcontext():
+        with nullcontext() if self._debug else _hushed():
             return _init_inference(model, self.tp).module
 
     def _enable(self, config: CommConfig) -> Any:
@@ -39,16 +38,19 @@ class DeepSpeedEngine(HfEngine):
 
         return deepspeed.enable(self.model, config)
 
-    @contextmanager
-    def _hushed(self) -> Iterator[None]:
-        with super()._hushed(), contextlib.ExitStack() as stack:
-            if self._quiet:
-                log = logging.getLogger("DeepSpeed")
-                stack.callback(log.setLevel, log.level)
-                log.setLevel(logging.ERROR)
-                stack.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without what DeepSpeed logs, warns of and prints; nothing of ours is printed meanwhile."""
+    log = logging.getLogger("DeepSpeed")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
             yield
+    finally:
+        log.setLevel(level)
 
 
 def _init_inference(model: torch.nn.Module, tp: int) -> Any:

@@ -31,7 +31,7 @@ class HfEngine(TextModel):
     the CPU. Every rank must make the engine and call its methods alike. Attributes: `model` (of Transformers),
     `tokenizer`, `facts`, `tp`, `device`. Raises `ModelError` for a folder, `ConfigError` for an argument.
 
-    `quiet`: without what the framework says while it loads.
+    `progress`: show a bar while loading; `debug`: and what the frameworks say of their own accord.
     """
 
     def __init__(
@@ -39,7 +39,8 @@ class HfEngine(TextModel):
         folder: str | Path,
         tp: int | None = None,
         dtype: torch.dtype | None = None,
-        quiet: bool = True,
+        progress: bool = False,
+        debug: bool = False,
         trust: Trust = UNTRUSTED,
     ) -> None:
         self.tp = _ranks(tp)
@@ -49,7 +50,7 @@ class HfEngine(TextModel):
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
         self.vocab, self.max_positions = self.facts.vocab, self.facts.max_positions
-        self._quiet = quiet
+        self._debug, self._progress = debug, progress and torch.distributed.get_rank() == 0
         with self._hushed():
             self.tokenizer = load_tokenizer(folder, trust.remote_code)
             self.model = self._shard(self.facts, dtype).eval().requires_grad_(False)
@@ -77,7 +78,7 @@ class HfEngine(TextModel):
 
     @contextmanager
     def _hushed(self) -> Iterator[None]:
-        with hushed(self._quiet):
+        with nullcontext() if self._debug else hushed(bars=self._progress):
             yield
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ downloaded; code and pickles of the folder's are refused unless the user trusts 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -205,17 +206,17 @@ def _sizes(config: Any, rows: dict[str, torch.nn.Module]) -> dict[str, int]:
 
 
 @contextmanager
-def hushed(active: bool = True) -> Iterator[None]:
-    """Without Transformers' warnings, bars and reports of loading; errors still pass."""
+def hushed(bars: bool = False) -> Iterator[None]:
+    """Without Transformers' warnings and reports of loading, and its bars unless asked for; errors still pass."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    if active:
-        logging.set_verbosity_error()
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not (bars and sys.stderr.isatty()):
         logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if bars:
+        if shown:
             logging.enable_progress_bar()

@@ -6,7 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -108,20 +108,29 @@ class MegatronEngine(TextModel):
     `tp` defaults to all ranks, `dtype` to the checkpoint's; the device is the current CUDA device or the CPU. Every
     rank must make the engine and call its methods alike. Attributes: `model` (a `GPTModel`), `tokenizer` (of Hugging
     Face), `config`, `tp`, `device`. Raises `ModelError` for a folder, `ConfigError` for an argument that does not fit.
+
+    `progress`: show a bar while loading; `debug`: and what Megatron warns of.
     """
 
     def __init__(
-        self, folder: str | Path, tp: int | None = None, dtype: torch.dtype | None = None, progress: bool = False
+        self,
+        folder: str | Path,
+        tp: int | None = None,
+        dtype: torch.dtype | None = None,
+        progress: bool = False,
+        debug: bool = False,
+        trust: Trust = UNTRUSTED,
     ) -> None:
         folder = Path(folder)
-        self.config = read_config(folder)
+        self.config = self.read(folder, trust)
         if tp is not None:
             check_tensor_parallel(self.config, tp)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.vocab, self.max_positions = self.config.vocab, self.config.max_positions
         self.tokenizer = load_tokenizer(folder)
         megatron_cpu.enable()
-        with quiet():
+        self._quiet = nullcontext if debug else quiet
+        with self._quiet():
             from megatron.core.inference.engines import static_engine  # noqa: F401  slow: with the model, not with the text
 
             self.tp = init_tensor_parallel(tp)
@@ -153,7 +162,7 @@ class MegatronEngine(TextModel):
         `on_text` is called on global rank 0 as text arrives. All ranks return the same; so do other TP sizes, up to
         rounding. Raises `ConfigError` for an empty prompt, or one too long for the model's positions.
         """
-        with quiet():
+        with self._quiet():
             from megatron.core.inference.engines import static_engine
             from megatron.core.inference.sampling_params import SamplingParams
 
@@ -170,7 +179,7 @@ class MegatronEngine(TextModel):
             num_tokens_to_generate=sampling.max_new_tokens,
         )
         params.add_attributes({"no_early_termination": True})  # Megatron knows one end token, our controller all
-        with quiet(), _without_bar(static_engine), torch.random.fork_rng(devices=[]):
+        with self._quiet(), _without_bar(static_engine), torch.random.fork_rng(devices=[]):
             controller = self._controller(adapter, len(prompts), max(map(len, tokens)) + sampling.max_new_tokens)
             if hasattr(controller, "sampling_rng"):  # from 0.15 on; the engine seeds torch's own
                 controller.sampling_rng.manual_seed(sampling.seed)
@@ -207,7 +216,7 @@ class MegatronEngine(TextModel):
         return controller
 
     def perplexity(self, text: str, window: int | None = None) -> Perplexity:
-        with quiet():
+        with self._quiet():
             return super().perplexity(text, window)
 
     @torch.inference_mode()

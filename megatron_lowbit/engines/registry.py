@@ -19,10 +19,19 @@ ENGINES = {  # name: (class, packages, the extra that has them)
 
 
 def engine_class(name: str) -> type[Engine]:
-    """The engine of this name. Raises ConfigError for another name, ModelError if its packages are not installed."""
-    if name not in ENGINES:
-        raise ConfigError(f"unknown engine {name!r}: use one of {', '.join(ENGINES)}")
-    kind, packages, extra = ENGINES[name]
+    """The engine of this name, whether or not its framework is installed. Raises ConfigError for another name."""
+    kind, _, _ = _row(name)
+    return getattr(import_module(f".{name}", __package__), kind)
+
+
+def check_framework(name: str) -> None:
+    """Raise ModelError if a package is missing that the engine of this name needs, ConfigError for another name."""
+    _, packages, extra = _row(name)
     if missing := [package for package in packages if find_spec(package) is None]:
         raise ModelError(f"engine {name} needs {', '.join(missing)}: pip install 'megatron-lowbit[{extra}]'")
-    return getattr(import_module(f".{name}", __package__), kind)
+
+
+def _row(name: str) -> tuple[str, tuple[str, ...], str]:
+    if name not in ENGINES:
+        raise ConfigError(f"unknown engine {name!r}: use one of {', '.join(ENGINES)}")
+    return ENGINES[name]
