@@ -7,6 +7,7 @@ downloaded; code and pickles of the folder's are refused unless the user trusts 
 from __future__ import annotations
 
 import math
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,10 @@ class HfFolder:
                 output_loading_info=True,
                 **options,
             )
+        except pickle.UnpicklingError as error:
+            raise ModelError(
+                f"{self.folder} holds pickles of more than tensors, which could run any code; use safetensors"
+            ) from error
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"Transformers cannot load {self.folder}: {error}") from error
         for what in ("missing_keys", "mismatched_keys"):  # Transformers would go on with random weights
