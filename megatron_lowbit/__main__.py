@@ -15,6 +15,7 @@ COMMANDS = {"generate": generate, "calibrate": calibrate, "convert": convert, "r
 EXAMPLES = """examples:
   megatron-lowbit generate --compare                      the bundled model on 2 ranks, exact against compressed
   megatron-lowbit generate --model DIR --tp 4 --comm int4:g32 --prompt "Once upon a time"
+  megatron-lowbit generate --engine deepspeed --model DIR --compare
   megatron-lowbit calibrate --model DIR --tp 4 --text FILE --out model-tp4.safetensors
   megatron-lowbit convert --hf DIR --megatron DIR --tp 4  a checkpoint for Megatron-LM's own scripts
   torchrun --nproc-per-node 2 -m megatron_lowbit run SCRIPT --lowbit-comm int8:g128 …   an unedited Megatron script
@@ -57,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command -> its exit code: 0, 2 for an error of the user's to mend, 1 for any other."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it there, and sets LOCAL_RANK too
+        argv = argv[1:]
     root = parser()
     arguments, unknown = root.parse_known_args(argv)
     if unknown:

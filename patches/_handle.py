@@ -1,10 +1,16 @@
-"""What the patches of built models return: which sites they hooked, and how to undo it."""
+"""What the patches of built models share: what they return, and which sites are exact unless asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 
 from megatron_lowbit.config import CommConfig
+
+
+def asks_for(config: CommConfig, site: str) -> bool:
+    """Whether `sites` names this one by more than a wildcard at its beginning: "*" speaks of layers alone."""
+    return any(fnmatchcase(site, pattern) and pattern[:1] not in "*?[" for pattern in config.sites or ())
 
 
 class Handle:
@@ -15,10 +21,11 @@ class Handle:
         self.sites: list[str] = []  # in the order of the forward pass
         self._undo: list[Callable[[], None]] = []
 
-    def add(self, site: str, undo: Callable[[], None]) -> None:
-        """Note that `site` is hooked, and what takes the hook away again."""
-        if site not in self.sites:
-            self.sites.append(site)
+    def add(self, sites: str | list[str], undo: Callable[[], None]) -> None:
+        """Note that a site, or some, are hooked, and what takes the hook away again."""
+        for site in [sites] if isinstance(sites, str) else sites:
+            if site not in self.sites:
+                self.sites.append(site)
         self._undo.append(undo)
 
     def disable(self) -> None:

@@ -1,68 +1,87 @@
 """Compressed communication in Transformers' own tensor parallelism.
 
-plan = lowbit.patches.transformers.tp_plan(model_config, config)
-model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=2, tp_plan=plan))
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=2))
+    handle = lowbit.patches.transformers.enable(model, config)     # of any model loaded with tensor parallelism
+    handle.disable()                                               # restores everything
 
-handle = lowbit.patches.transformers.enable(model, config)     # or of a model that was loaded with tensor parallelism
-handle.disable()                                               # restores everything
+    plan = lowbit.patches.transformers.tp_plan(model_config, config)     # or while it is loaded
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=2, tp_plan=plan))
+
+Row-parallel layers and experts are compressed. The embedding's sum and the gathering of the logits stay exact; logits
+that a plan makes of partial sums are compressed only if `sites` names them.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
-from megatron_lowbit.communicator import communicator
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
 
 try:
-    from transformers.distributed import tensor_parallel
+    from .tp import installed, plans, reduces, styles
 except ImportError as error:
     raise ModelError(f"Transformers cannot be imported ({error}): pip install 'megatron-lowbit[hf]'") from error
 from ._handle import Handle
 from ._replacements import Replacements
-from .hf.sites import site_of
+from .tp.parity import check_plan
+from .tp.plans import tp_plan
+from .tp.rows import check_calibrated, check_heads, check_sites, rows_of
 
-__all__ = ["Handle", "enable"]
+__all__ = ["Handle", "check_plan", "enable", "tp_plan"]
 
+ENABLED, PLANNED = "lowbit_config", "lowbit_planned"  # attributes of the modules that something holds for
 _wrapped, _handles = Replacements(), set()
 
 
 def enable(model: torch.nn.Module, config: CommConfig) -> Handle:
-    """Send the partial sums of a model that was loaded with tensor parallelism as `config` says."""
+    """Send the partial sums of a model that was loaded with tensor parallelism as `config` says.
+
+    Of a model that was loaded with the plan of `tp_plan`, `config` replaces the plan's for as long as it is enabled.
+    Raises ModelError when there is nothing to hook or the model was sharded by a plan that nobody checked, ConfigError
+    when it is enabled already or `config` does not fit.
+    """
     if not isinstance(config, CommConfig):
         raise ConfigError(f"config is {config!r}: pass a CommConfig, such as CommConfig(spec='int4:g32')")
+    plans.check_loaded(model)
+    return _enable(model, config, ENABLED)
+
+
+def _enable(model: torch.nn.Module, config: CommConfig, mark: str) -> Handle:
+    if not dist.is_available() or not dist.is_initialized():
+        raise ConfigError("torch.distributed is not initialised: start the program with torchrun")
+    rows = rows_of(model, config)
+    if mark == PLANNED:  # a plan may be edited before it is used
+        rows = [row for row in rows if isinstance(row.installed.style, styles.LowBit)]
+    sites = [row.site for row in rows]
+    check_sites(config, type(model).__name__, sites)
+    tp = rows[0].installed.mesh.size()
+    check_heads(model, tp)
+    check_calibrated(config, sites, tp)
+    for row in rows:
+        if mark in row.module.__dict__:
+            raise ConfigError(f"{row.path} is enabled already: call the earlier handle's disable() first")
     handle = Handle(config)
-    for path, module in model.named_modules():
-        if module.__dict__.get("_is_hooked") and isinstance(module, torch.nn.Linear) and _is_row(model, path):
-            module.lowbit_config, module.lowbit_site = config, site_of(model, path)
-            handle.add(module.lowbit_site, lambda module=module: _unmark(module))
-    if not handle.sites:
-        raise ModelError(f"{type(model).__name__} has no row-parallel layer: load it with tp_plan='auto'")
-    if not _wrapped:
-        kind = tensor_parallel.RowwiseParallel
-        _wrapped.set(kind, "transform_output_post_forward", _reduce(kind.transform_output_post_forward))
+    if installed.WRAPS_FORWARD:
+        handle.add(rows[0].site, lambda: _release(handle))
+        if not _handles:
+            for owner, name, wrapper in reduces.wrappers():
+                _wrapped.set(owner, name, wrapper(getattr(owner, name)))
+        _handles.add(handle)
+    for row in rows:
+        setattr(row.module, mark, config)
+        row.module.lowbit_site = row.site
+        handle.add(row.site, lambda module=row.module: delattr(module, mark))
+        if not installed.WRAPS_FORWARD:
+            handle.add(row.site, reduces.exchange_hook(row.module, row.installed))
     return handle
 
 
-def _unmark(module):
-    del module.lowbit_config, module.lowbit_site
+def _release(handle: Handle) -> None:
+    _handles.discard(handle)
+    if not _handles:
+        _wrapped.undo()
 
 
-def _is_row(model, path):
-    import re
-
-    return model.tp_plan.get(re.sub(r"\d+", "*", path)) in ("rowwise", "rowwise_split_input")
-
-
-def _reduce(base):
-    def transform(self, module, output, mesh):
-        config = module.__dict__.get("lowbit_config")
-        if config is None:
-            return base(self, module, output, mesh)
-        group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
-        output = communicator(group, config).all_reduce(output, module.lowbit_site)
-        bias = module._parameters.get("bias")
-        return output if bias is None else output + bias.to_local()
-
-    return transform
+styles.when_loaded(lambda model, config: _enable(model, config, PLANNED))

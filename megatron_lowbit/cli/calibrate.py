@@ -5,21 +5,26 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..calibration.collect import ALGORITHMS, GAMMA, RangeTracker, watch
 from ..calibration.plot import check_installed, plot
 from ..calibration.windows import draw
-from ..calibration_file import FRACTION
+from ..calibration_file import FRACTION, Calibration
+from ..engines.registry import check_framework
 from ..errors import ConfigError, ModelError
 from ..spec import fraction as parse_fraction
 from . import launch
 from .files import bundled, check_output, read_text
-from .job import DTYPES
+from .job import DTYPES, add_model_arguments, read_model
+
+if TYPE_CHECKING:
+    from ..engines.model_facts import ModelFacts, Trust
 
 SAMPLES, SEQUENCE_LENGTH = 256, 256  # why so many windows: docs/calibration.md
 
@@ -35,7 +40,7 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `calibrate`."""
     what = parser.add_argument_group("model and files")
-    what.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder (default: the bundled model)")
+    add_model_arguments(what)
     what.add_argument("--tp", type=int, metavar="N", required=True, help="tensor-parallel ranks, as in inference")
     what.add_argument("--text", type=Path, metavar="FILE", required=True, help="text like that of inference")
     what.add_argument("--out", type=Path, metavar="FILE", required=True, help="calibration to write, safetensors")
@@ -73,6 +78,8 @@ class Job:
     """The checked arguments."""
 
     model: Path
+    facts: ModelFacts
+    trust: Trust
     tp: int
     text: Path
     out: Path
@@ -81,7 +88,7 @@ class Job:
     samples: int
     sequence_length: int
     tracker: RangeTracker
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None: the checkpoint's
     seed: int
 
 
@@ -115,23 +122,22 @@ def check(arguments: argparse.Namespace) -> Job:
         raise ConfigError(f"{', '.join(f'--{name}' for name in outputs)} name one file twice: give each its own")
     if arguments.plot:
         check_installed()
-    if missing := [name for name in ("rich", "safetensors", "transformers") if find_spec(name) is None]:
-        raise ConfigError(f"calibrate needs {', '.join(missing)}: pip install 'megatron-lowbit[hf]'")
-    from ..engines.hf_model import Checkpoint, check_tensor_parallel, read_config
-
+    check_framework("transformers")  # which computes what any engine's ranks would
     model = bundled(arguments.model, "model", "--model DIR")
-    shape = read_config(model)
-    check_tensor_parallel(shape, arguments.tp)
-    dtype = Checkpoint(model, shape).dtype
+    trust, facts = read_model(model, arguments, arguments.tp)
+    if not facts.scores:
+        raise ModelError(f"{model} is an encoder-decoder, which calibrate cannot show a text: use a decoder")
+    positions = facts.max_positions
     length = arguments.sequence_length
     if length is None:
-        length = min(SEQUENCE_LENGTH, shape.max_positions)
-    if not 2 <= length <= shape.max_positions:
-        raise ConfigError(
-            f"--sequence-length is {length}: give 2 to {shape.max_positions} tokens, the model's positions"
-        )
+        length = min(SEQUENCE_LENGTH, positions or SEQUENCE_LENGTH)
+    if length < 2 or (positions is not None and length > positions):
+        room = "2 tokens or more" if positions is None else f"2 to {positions} tokens, the model's positions"
+        raise ConfigError(f"--sequence-length is {length}: give {room}")
     return Job(
         model,
+        facts,
+        trust,
         arguments.tp,
         arguments.text,
         arguments.out,
@@ -140,7 +146,7 @@ def check(arguments: argparse.Namespace) -> Job:
         arguments.samples,
         length,
         RangeTracker(fraction, arguments.gamma, arguments.algorithm),
-        getattr(torch, DTYPES[arguments.dtype]) if DTYPES[arguments.dtype] else dtype,
+        DTYPES[arguments.dtype] and getattr(torch, DTYPES[arguments.dtype]),
         arguments.seed,
     )
 
@@ -148,13 +154,15 @@ def check(arguments: argparse.Namespace) -> Job:
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, watch the model, write the files, say what was found. Returns the exit code."""
     job = check(arguments)
+    from ..engines.text_model import load_tokenizer
+
     text = read_text(job.text, "--text")
-    tokenizer = _tokenizer(job.model)
+    tokenizer = load_tokenizer(job.model, job.trust.remote_code)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # verbose: warns of the text's length
     windows = draw(ids, job.samples, job.sequence_length, job.seed, prefix=tokenizer("")["input_ids"])
     start = time.perf_counter()
-    _watch(job, windows)
-    calibration = job.tracker.finish(_facts(job, text))
+    dtype = _watch(job, windows)
+    calibration = _of_engine(job.tracker.finish(_facts(job, text, dtype)), job.facts.sites)
     calibration.save(job.out)
     from . import calibrate_report
 
@@ -165,45 +173,37 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _watch(job: Job, windows: torch.Tensor) -> None:
-    """Load the model, to the GPU if there is one, and show the tracker all windows."""
+def _watch(job: Job, windows: torch.Tensor) -> torch.dtype:
+    """Load the model, to the GPU if there is one, and show the tracker all windows. Returns the model's dtype."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            job.model, dtype=job.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Transformers cannot load {job.model} ({error}); download the model again") from error
+    from ..engines.hf_folder import hushed, read_folder
+
+    with hushed():
+        model = read_folder(job.model, job.trust).load(job.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("windows", total=len(windows))
-        watch(model.eval().to(device), windows.to(device), job.tp, job.tracker, lambda: bar.advance(task))
+        watch(model.to(device), windows.to(device), job.tp, job.tracker, lambda: bar.advance(task))
+    return model.dtype
 
 
-def _tokenizer(folder: Path):
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{folder} has no tokenizer that Transformers can load; add tokenizer.json and tokenizer_config.json"
-        ) from error
+def _of_engine(calibration: Calibration, sites: Sequence[str]) -> Calibration:
+    """Without the sites that the engine does not have, such as experts that DeepSpeed leaves whole."""
+    kept = [site for site in calibration.sites if site in sites or not sites]
+    ranges, outliers = ({site: found[site] for site in kept} for found in (calibration.ranges, calibration.outliers))
+    return replace(calibration, ranges=ranges, outliers=outliers)
 
 
-def _facts(job: Job, text: str) -> dict[str, str]:
+def _facts(job: Job, text: str, dtype: torch.dtype) -> dict[str, str]:
     """What the file says of its origin: names, never paths."""
     from ..engines.fingerprint import fingerprint
 
     return {
         "model": job.model.resolve().name,
         "fingerprint": fingerprint(job.model),
-        "dtype": str(job.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "sequence_length": str(job.sequence_length),
         "seed": str(job.seed),
         "text": job.text.name,

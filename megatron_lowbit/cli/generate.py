@@ -84,9 +84,7 @@ def agreement(exact: list[tuple[int, ...]], compressed: list[tuple[int, ...]]) -
 
 def _measure(engine: Engine, job: Job, config: CommConfig, stream) -> dict:
     """One run: generation (timed), perplexity, and what both sent."""
-    from ..patches import megatron_core
-
-    with megatron_core.enable(config, engine.model):
+    with engine.enable(config):
         # Compile or load the kernels, make the buffers and let the ranks compare settings before the clock starts.
         engine.generate(job.prompts[:1], replace(job.sampling, max_new_tokens=1))
         telemetry.reset_stats()
@@ -112,6 +110,7 @@ def _measure(engine: Engine, job: Job, config: CommConfig, stream) -> dict:
 def _engine(job: Job) -> Engine:
     import torch
 
-    from ..engines.megatron import MegatronEngine
+    from ..engines.registry import engine_class
 
-    return MegatronEngine(job.model, job.tp, job.dtype and getattr(torch, job.dtype), progress=True)
+    dtype = job.dtype and getattr(torch, job.dtype)
+    return engine_class(job.engine)(job.model, job.tp, dtype, progress=True, debug=job.debug, trust=job.trust)

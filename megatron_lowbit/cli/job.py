@@ -8,24 +8,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import ALGORITHMS, CommConfig
-from ..errors import ConfigError, ModelError
+from ..engines.registry import ENGINES, check_framework, engine_class
+from ..errors import ConfigError
 from . import launch
 from .files import BUNDLED, bundled, check_output, read_text
 
 if TYPE_CHECKING:
     from ..engines.base import Sampling
+    from ..engines.model_facts import ModelFacts, Trust
 
 DEFAULT_SPEC = "int4:g32"  # why: docs/accuracy.md
 EXACT = "exact"
-PLANNED_ENGINES = ("deepspeed", "transformers")
 DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def add_model_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the options that say which model, and how far to trust its folder."""
+    group.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder (default: the bundled model)")
+    group.add_argument(
+        "--engine", default="megatron", help=f"framework that runs the model: {', '.join(ENGINES)} (default: megatron)"
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python files that the folder brings for its model"
+    )
+    group.add_argument(
+        "--allow-pickled-weights", action="store_true", help="read *.bin weights where there are no safetensors"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `generate`."""
     what = parser.add_argument_group("model")
-    what.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder (default: the bundled model)")
-    what.add_argument("--engine", default="megatron", help="framework that runs the model: megatron (default)")
+    add_model_arguments(what)
     what.add_argument(
         "--tp", type=int, metavar="N", help="tensor-parallel ranks (default: 2, or as many as torchrun started)"
     )
@@ -87,6 +101,7 @@ class Job:
 
     model: Path
     engine: str
+    trust: Trust
     tp: int
     dtype: str | None
     config: CommConfig | None  # None: exact only
@@ -95,14 +110,12 @@ class Job:
     sampling: Sampling
     text: str | None  # None: no perplexity
     json: Path | None
+    debug: bool
 
 
 def check(arguments: argparse.Namespace) -> Job:
     """Arguments -> Job. Raises ConfigError or ModelError for anything that can be known before a model is loaded."""
-    if arguments.engine in PLANNED_ENGINES:
-        raise ConfigError(f"--engine {arguments.engine} is not available in this version: use megatron")
-    if arguments.engine != "megatron":
-        raise ConfigError(f"unknown --engine {arguments.engine!r}: use megatron")
+    check_framework(arguments.engine)
     sites = arguments.comm_sites and tuple(arguments.comm_sites)
     spec = DEFAULT_SPEC if arguments.comm == EXACT else arguments.comm
     if arguments.comm == EXACT and arguments.comm_calibration:
@@ -128,35 +141,17 @@ def check(arguments: argparse.Namespace) -> Job:
             f"--tp 1 has nothing to communicate, so nothing to compress: give --tp 2 or more, or --comm {EXACT}"
         )
     model = bundled(arguments.model, "model", "--model DIR")
-    try:
-        from ..engines.hf_model import Checkpoint, check_tensor_parallel, read_config
-    except ImportError as error:
-        raise ModelError(f"{error}: pip install 'megatron-lowbit[megatron]'") from error
-    shape = read_config(model)
-    check_tensor_parallel(shape, tp)
-    Checkpoint(model, shape)
-    sites = shape.sites
-    if config is not None and not any(map(config.selects, sites)):
-        raise ConfigError(
-            f"--comm-sites {' '.join(config.sites)} selects none of {sites[0]}, {sites[1]} … {sites[-1]}: give "
-            "other globs"
-        )
-    if config is not None and config.calibrated:
-        from ..engines.fingerprint import fingerprint
-
-        selected = [site for site in sites if config.selects(site)]
-        config.calibrated.check(tp=tp, fingerprint=fingerprint(model), sites=selected)
-    text_file = (
-        arguments.text if arguments.text or not (BUNDLED / "sample_text.txt").is_file() else BUNDLED / "sample_text.txt"
-    )
+    trust, facts = read_model(model, arguments, tp)
+    if config is not None:
+        _check_sites(config, facts, model, tp)
     sampling = _sampling(arguments)
-    if sampling.max_new_tokens >= shape.max_positions:
+    if facts.max_positions is not None and sampling.max_new_tokens >= facts.max_positions:
         raise ConfigError(
-            f"--max-new-tokens is {sampling.max_new_tokens}, and the model has {shape.max_positions} positions for the "
+            f"--max-new-tokens is {sampling.max_new_tokens}, and the model has {facts.max_positions} positions for the "
             "prompt and the new tokens together: lower it"
         )
-    if sampling.top_k >= shape.vocab:
-        raise ConfigError(f"--top-k is {sampling.top_k}: it must stay below the vocabulary size, {shape.vocab}")
+    if sampling.top_k >= facts.vocab:
+        raise ConfigError(f"--top-k is {sampling.top_k}: it must stay below the vocabulary size, {facts.vocab}")
     check_output(arguments.json, "--json")
     if not 0 < arguments.timeout <= 1e6:
         raise ConfigError(f"--timeout is {arguments.timeout}: give seconds above 0, at most a million")
@@ -165,15 +160,53 @@ def check(arguments: argparse.Namespace) -> Job:
     return Job(
         model,
         arguments.engine,
+        trust,
         tp,
         DTYPES[arguments.dtype],
         config,
         arguments.compare,
         tuple(_prompts(arguments)),
         sampling,
-        read_text(text_file, "--text") if text_file else None,
+        _text(arguments.text, facts),
         arguments.json,
+        arguments.debug,
     )
+
+
+def read_model(model: Path, arguments: argparse.Namespace, tp: int) -> tuple[Trust, ModelFacts]:
+    """What the engine knows of a folder before it loads it, and how far it may trust it. Raises ModelError
+    for a folder that it cannot run on `tp` ranks, ConfigError for options that it does not have."""
+    from ..engines.model_facts import Trust
+
+    trust = Trust(arguments.trust_remote_code, arguments.allow_pickled_weights)
+    facts = engine_class(arguments.engine).read(model, trust)
+    facts.check_tensor_parallel(tp)
+    return trust, facts
+
+
+def _check_sites(config: CommConfig, facts: ModelFacts, model: Path, tp: int) -> None:
+    """Raise ConfigError if nothing is selected, or the calibration is another's."""
+    sites = facts.sites
+    if sites and not any(map(config.selects, sites)):
+        raise ConfigError(
+            f"--comm-sites {' '.join(config.sites)} selects none of {sites[0]}, {sites[1]} … {sites[-1]}: give "
+            "other globs"
+        )
+    if config.calibrated:
+        from ..engines.fingerprint import fingerprint
+
+        selected = [site for site in sites if config.selects(site)]
+        config.calibrated.check(tp=tp, fingerprint=fingerprint(model), sites=selected)
+
+
+def _text(given: Path | None, facts: ModelFacts) -> str | None:
+    """The text to score: the user's, else the bundled one, if the model can score any."""
+    if not facts.scores:
+        if given:
+            raise ConfigError(f"an encoder-decoder has no perplexity of --text {given} alone: leave it out")
+        return None
+    path = given or BUNDLED / "sample_text.txt"
+    return read_text(path, "--text") if given or path.is_file() else None
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+from ..config import CommConfig
 from ..errors import ConfigError
+from .model_facts import UNTRUSTED, ModelFacts, Trust
 
 OnText = Callable[[int, str], None]
 """Called as `on_text(prompt_index, piece)`; the pieces of a prompt, joined, are its `Generation.text`."""
@@ -65,6 +68,15 @@ class Engine(Protocol):
 
     tokenizer: Any
     model: Any
+
+    @staticmethod
+    def read(folder: str | Path, trust: Trust = UNTRUSTED) -> ModelFacts:
+        """What is known of a folder before it is loaded. Raises `ModelError` for what the engine cannot run."""
+        ...
+
+    def enable(self, config: CommConfig) -> Any:
+        """Sends partial sums as `config` says; a context manager whose `disable()` restores everything."""
+        ...
 
     def generate(self, prompts: Sequence[str], sampling: Sampling, on_text: OnText | None = None) -> list[Generation]:
         """Continues each prompt. `on_text` is called on rank 0 alone, as text arrives."""

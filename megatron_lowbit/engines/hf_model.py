@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,6 +71,8 @@ class ModelConfig:
     attention_cap: float | None = None  # scores become cap * tanh(scores / cap)
     logit_cap: float | None = None
 
+    scores: ClassVar[bool] = True  # texts alone have a perplexity: they are all decoders
+
     @property
     def family(self) -> Family:
         return FAMILIES[self.model_type]
@@ -80,6 +82,10 @@ class ModelConfig:
         """What the patch compresses unless told otherwise, in the order of the forward pass."""
         kinds = ("attention", "moe.dispatch", "moe.combine") if self.experts else ("attention", "mlp")
         return [f"layers.{layer}.{kind}" for layer in range(self.layers) for kind in kinds]
+
+    def check_tensor_parallel(self, tp: int) -> None:
+        """Raises `ModelError` unless `tp` ranks can share the model."""
+        check_tensor_parallel(self, tp)
 
     @property
     def needs_own_rotary(self) -> bool:
@@ -103,11 +109,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(folder: str | Path) -> ModelConfig:
-    """Reads and checks `config.json`, in the spelling of Transformers 4 or 5.
-
-    Raises `ModelError` when the folder or the file is missing, or the model is of no known family (families.py).
-    """
+def read_config_json(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """(path, content) of a model folder's config.json. Raises `ModelError` when the folder or the file is missing."""
     folder = Path(folder)
     if folder.is_file():
         raise ModelError(f"model {folder} is a file; give the folder of a Hugging Face model")
@@ -116,7 +119,15 @@ def read_config(folder: str | Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder} has no config.json; give the folder of a Hugging Face model")
-    raw = read_json(path)
+    return path, read_json(path)
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """Reads and checks `config.json`, in the spelling of Transformers 4 or 5.
+
+    Raises `ModelError` when the folder or the file is missing, or the model is of no known family (families.py).
+    """
+    path, raw = read_config_json(folder)
     family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
         raise ModelError(
@@ -250,6 +261,29 @@ def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
         raise ModelError(f"TP={tp} does not divide {' and '.join(uneven)}; possible TP sizes: {', '.join(possible)}")
 
 
+def open_safetensors(folder: str | Path) -> dict[str, Any]:
+    """Tensor name -> the opened file that holds it. Raises `ModelError` when there are none, or one cannot be read."""
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
+    elif single.is_file():
+        files = [single]
+    else:
+        found = "pickled *.bin weights, which are never loaded" if any(folder.glob("*.bin")) else "no weights"
+        raise ModelError(f"{folder} has no safetensors ({found}); save the model with save_pretrained")
+    tensors: dict[str, Any] = {}
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{index} names {file.name}, which is missing; download the model again")
+        try:
+            opened = safe_open(str(file), "pt")
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file} is not a readable safetensors file ({error}); download it again") from error
+        tensors |= dict.fromkeys(opened.keys(), opened)
+    return tensors
+
+
 class Checkpoint:
     """The safetensors files of a model folder, read slice by slice.
 
@@ -257,24 +291,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path, config: ModelConfig) -> None:
-        folder = Path(folder)
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
-        elif single.is_file():
-            files = [single]
-        else:
-            found = "pickled *.bin weights, which are never loaded" if any(folder.glob("*.bin")) else "no weights"
-            raise ModelError(f"{folder} has no safetensors ({found}); save the model with save_pretrained")
-        self.folder, self._files = folder, {}
-        for file in files:
-            if not file.is_file():
-                raise ModelError(f"{index} names {file.name}, which is missing; download the model again")
-            try:
-                opened = safe_open(str(file), "pt")
-            except (OSError, SafetensorError) as error:
-                raise ModelError(f"{file} is not a readable safetensors file ({error}); download it again") from error
-            self._files |= dict.fromkeys(opened.keys(), opened)
+        self.folder, self._files = Path(folder), open_safetensors(folder)
         from .weights import expected_tensors
 
         self._check(expected_tensors(config), config)

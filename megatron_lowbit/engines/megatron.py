@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from ..errors import ConfigError, ModelError
+from ..config import CommConfig
+from ..errors import ConfigError
 from ..patches import megatron_cpu
-from .base import Generation, OnText, Perplexity, Sampling, TextStream
-from .hf_model import check_tensor_parallel, read_config, read_json
+from .base import Generation, OnText, Perplexity, Sampling
+from .hf_model import Checkpoint, ModelConfig, check_tensor_parallel, read_config
 from .megatron_model import load_model
+from .model_facts import UNTRUSTED, Trust
+from .text_model import Continuations, TextModel, end_tokens, load_tokenizer
 
 
 @contextmanager
@@ -54,21 +55,13 @@ def init_tensor_parallel(tp: int | None = None) -> int:
 
 
 class _Tokenizer:
-    """The few names Megatron's controller wants, in front of a Hugging Face tokenizer."""
+    """The few names Megatron's controller wants of a tokenizer."""
 
     bos = None  # the controller would strip it from every prompt
     eod = 0  # only pads buffers: the controller below ends sequences itself
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def tokenize(self, text: str) -> list[int]:
-        return self._tokenizer(text, verbose=False)["input_ids"]  # verbose: warns of lengths that we check ourselves
-
-    def detokenize(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
-        return self._tokenizer.decode(
-            tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+    def __init__(self, engine: TextModel) -> None:
+        self.tokenize, self.detokenize = engine.tokenize, engine.detokenize
 
 
 @functools.cache
@@ -109,46 +102,59 @@ def _controller_class() -> type:
     return Controller
 
 
-class MegatronEngine:
+class MegatronEngine(TextModel):
     """A Hugging Face folder run by Megatron-Core over the ranks of an initialised `torch.distributed`.
 
     `tp` defaults to all ranks, `dtype` to the checkpoint's; the device is the current CUDA device or the CPU. Every
     rank must make the engine and call its methods alike. Attributes: `model` (a `GPTModel`), `tokenizer` (of Hugging
     Face), `config`, `tp`, `device`. Raises `ModelError` for a folder, `ConfigError` for an argument that does not fit.
+
+    `progress`: show a bar while loading; `debug`: and what Megatron warns of.
     """
 
     def __init__(
-        self, folder: str | Path, tp: int | None = None, dtype: torch.dtype | None = None, progress: bool = False
+        self,
+        folder: str | Path,
+        tp: int | None = None,
+        dtype: torch.dtype | None = None,
+        progress: bool = False,
+        debug: bool = False,
+        trust: Trust = UNTRUSTED,
     ) -> None:
-        from transformers import AutoTokenizer
-
         folder = Path(folder)
-        self.config = read_config(folder)
+        self.config = self.read(folder, trust)
         if tp is not None:
             check_tensor_parallel(self.config, tp)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{folder} has no tokenizer that Transformers can load; add tokenizer.json and tokenizer_config.json"
-            ) from error
+        self.vocab, self.max_positions = self.config.vocab, self.config.max_positions
+        self.tokenizer = load_tokenizer(folder)
         megatron_cpu.enable()
-        with quiet():
+        self._quiet = nullcontext if debug else quiet
+        with self._quiet():
             from megatron.core.inference.engines import static_engine  # noqa: F401  slow: with the model, not with the text
 
             self.tp = init_tensor_parallel(tp)
             self.model = load_model(folder, dtype, self.device, progress)
         self.dtype = next(self.model.parameters()).dtype
-        self.eos = self._end_tokens(folder)
+        self.eos = end_tokens(folder, self.tokenizer)
 
-    def _end_tokens(self, folder: Path) -> tuple[int, ...]:
-        """End-of-sequence tokens as Transformers finds them: generation_config.json, config.json, the tokenizer."""
-        for path in (folder / "generation_config.json", folder / "config.json"):
-            found = read_json(path).get("eos_token_id") if path.is_file() else None
-            if found is not None:
-                return tuple(found) if isinstance(found, list) else (found,)
-        return () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
+    @staticmethod
+    def read(folder: str | Path, trust: Trust = UNTRUSTED) -> ModelConfig:
+        """What is known of a folder before it is loaded. Raises ModelError for what cannot be run."""
+        if trust != UNTRUSTED:
+            raise ConfigError(
+                "Megatron builds the model itself and reads safetensors only: leave --trust-remote-code and "
+                "--allow-pickled-weights out, or use another engine"
+            )
+        config = read_config(folder)
+        Checkpoint(folder, config)
+        return config
+
+    def enable(self, config: CommConfig) -> Any:
+        """Sends this model's partial sums as `config` says, until the handle's `disable()`."""
+        from ..patches import megatron_core
+
+        return megatron_core.enable(config, self.model)
 
     def generate(self, prompts: Sequence[str], sampling: Sampling, on_text: OnText | None = None) -> list[Generation]:
         """Continues each prompt by `sampling.max_new_tokens` tokens, fewer only where an end-of-sequence token comes.
@@ -156,33 +162,16 @@ class MegatronEngine:
         `on_text` is called on global rank 0 as text arrives. All ranks return the same; so do other TP sizes, up to
         rounding. Raises `ConfigError` for an empty prompt, or one too long for the model's positions.
         """
-        with quiet():
+        with self._quiet():
             from megatron.core.inference.engines import static_engine
             from megatron.core.inference.sampling_params import SamplingParams
 
-        if isinstance(prompts, str):
-            raise ConfigError(f"prompts is the string {prompts[:40]!r}; give a list of strings")
+        self.check(prompts, sampling)
         prompts = list(prompts)
         if not prompts:
             return []
-        adapter = _Tokenizer(self.tokenizer)
-        tokens = [adapter.tokenize(prompt) for prompt in prompts]
-        self.check(prompts, sampling)
-        streams = [TextStream(adapter.detokenize, prompt) for prompt in tokens]
-        texts = [""] * len(prompts)
-
-        def show(index: int, piece: str) -> None:
-            texts[index] += piece
-            if piece and on_text and torch.distributed.get_rank() == 0:
-                on_text(index, piece)
-
-        def on_step(step: list[tuple[int, int]]) -> None:
-            for index, token in step:
-                if len(produced[index]) < sampling.max_new_tokens:  # short prompts run on beside long ones
-                    produced[index].append(token)
-                    show(index, streams[index].push(token))
-
-        produced: list[list[int]] = [[] for _ in prompts]
+        adapter, tokens = _Tokenizer(self), [self.tokenize(prompt) for prompt in prompts]
+        written = Continuations(self, tokens, sampling, on_text)
         params = SamplingParams(
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -190,34 +179,16 @@ class MegatronEngine:
             num_tokens_to_generate=sampling.max_new_tokens,
         )
         params.add_attributes({"no_early_termination": True})  # Megatron knows one end token, our controller all
-        with quiet(), _without_bar(static_engine), torch.random.fork_rng(devices=[]):
+        with self._quiet(), _without_bar(static_engine), torch.random.fork_rng(devices=[]):
             controller = self._controller(adapter, len(prompts), max(map(len, tokens)) + sampling.max_new_tokens)
             if hasattr(controller, "sampling_rng"):  # from 0.15 on; the engine seeds torch's own
                 controller.sampling_rng.manual_seed(sampling.seed)
-            controller.on_step = on_step
+            controller.on_step = written.push  # also of short prompts, which run on beside long ones
             make = static_engine.StaticInferenceEngine
             legacy = {"legacy": True} if "legacy" in inspect.signature(make).parameters else {}  # all were, before 0.16
             engine = make(controller, random_seed=sampling.seed, **legacy)
             engine.generate(prompts=prompts, sampling_params=params)
-        for index, stream in enumerate(streams):
-            show(index, stream.finish())
-        return [Generation(*each) for each in zip(prompts, texts, map(tuple, produced))]
-
-    def check(self, prompts: Sequence[str], sampling: Sampling) -> None:
-        """Raise `ConfigError` for what `generate` would refuse."""
-        if sampling.top_k >= self.config.vocab:
-            raise ConfigError(f"top_k is {sampling.top_k}; it must stay below the vocabulary size {self.config.vocab}")
-        adapter = _Tokenizer(self.tokenizer)
-        for index, prompt in enumerate(prompts):
-            ids = adapter.tokenize(prompt)
-            if not prompt or not ids:
-                raise ConfigError(f"prompt {index} is empty; give at least one character")
-            total = len(ids) + sampling.max_new_tokens
-            if total > self.config.max_positions:
-                raise ConfigError(
-                    f"prompt {index}: {len(ids)} prompt tokens + {sampling.max_new_tokens} new tokens = {total}, above "
-                    f"the model's {self.config.max_positions} positions; shorten the prompt or lower max_new_tokens"
-                )
+        return written.finish(prompts)
 
     def _controller(self, adapter: _Tokenizer, requests: int, length: int) -> Any:
         """Megatron's stack up to the controller, with a key-value cache of exactly [length, requests]."""
@@ -244,26 +215,9 @@ class MegatronEngine:
         controller.eos = torch.tensor(self.eos, dtype=torch.long, device=self.device)
         return controller
 
-    @torch.inference_mode()
     def perplexity(self, text: str, window: int | None = None) -> Perplexity:
-        """Perplexity of `text` over consecutive, non-overlapping windows; identical on all ranks.
-
-        `window` is in tokens, by default 512 or the model's positions if fewer. Each window is predicted from its own
-        tokens only, so its first token is not scored. Raises `ConfigError` when the window or the text does not fit.
-        """
-        window = min(self.config.max_positions, 512) if window is None else window
-        if not 2 <= window <= self.config.max_positions:
-            raise ConfigError(f"window is {window}; it must lie between 2 and {self.config.max_positions} tokens")
-        ids = torch.tensor(_Tokenizer(self.tokenizer).tokenize(text), dtype=torch.long, device=self.device)
-        if len(ids) < 2:
-            raise ConfigError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
-        total, count = 0.0, 0
-        with quiet():
-            for part in ids.split(window):
-                if len(part) > 1:
-                    nll = F.cross_entropy(self.logits(part[None])[0, :-1].float(), part[1:], reduction="none")
-                    total, count = total + nll.double().sum().item(), count + len(nll)
-        return Perplexity(value=math.exp(total / count), nll=total / count, tokens=count)
+        with self._quiet():
+            return super().perplexity(text, window)
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor) -> torch.Tensor:

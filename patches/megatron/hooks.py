@@ -6,7 +6,6 @@ Two attributes of modules say so: `lowbit_site` stays once it is known, as it on
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,8 +36,3 @@ def count(module: torch.nn.Module, site: str) -> None:
     """Note `site` as hooked if it is the process-wide configuration that holds for the module."""
     if process_wide is not None and "lowbit_config" not in module.__dict__:
         process_wide.count(site)
-
-
-def asks_for(config: CommConfig, site: str) -> bool:
-    """Whether `sites` names this one by more than a wildcard at its beginning: "*" speaks of layers alone."""
-    return any(fnmatchcase(site, pattern) and pattern[:1] not in "*?[" for pattern in config.sites or ())

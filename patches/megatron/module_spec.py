@@ -21,9 +21,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
+from megatron_lowbit.patches._handle import asks_for
 
 from . import compat, sites
-from .hooks import asks_for
 
 
 def lowbit_spec(spec: Any, config: CommConfig) -> Any:

@@ -21,10 +21,11 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabPara
 
 from megatron_lowbit.communicator import communicator
 from megatron_lowbit.config import CommConfig
+from megatron_lowbit.patches._handle import asks_for
 
 from . import collectives, hooks
 from .compat import group_of
-from .hooks import asks_for, config_of
+from .hooks import config_of
 from .reroute import Message, Reroute
 from .sites import EMBEDDING, LOGITS, OUTPUT_LAYER
 from .straight_through import straight_through

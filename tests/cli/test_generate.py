@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from megatron_lowbit.calibration_file import Calibration
 from megatron_lowbit.cli.files import BUNDLED
 from megatron_lowbit.cli.generate import agreement
 from megatron_lowbit.cli.job import DEFAULT_SPEC
+from tests import hf_folders
 from tests.calibrations import random_calibration
 
 COMMAND = [sys.executable, "-m", "megatron_lowbit", "generate"]
@@ -78,6 +80,85 @@ def test_a_person_sees_the_texts_and_the_figures(compared):
     for part in ("The old house stood", "perplexity", "bytes sent", "x fewer", "same tokens", DEFAULT_SPEC):
         assert part in output
     assert "Traceback" not in output + compared[0].stderr and "Warning" not in compared[0].stderr
+
+
+@pytest.fixture(scope="module", params=["deepspeed", "transformers"])
+def other(request, tmp_path_factory):
+    """The same comparison by another engine, with a codec that hardly changes the text."""
+    file = tmp_path_factory.mktemp("json") / "out.json"
+    done = run(
+        "--engine", request.param, "--comm", "int8:g128", "--compare", "--dtype", "fp32", "--json", str(file), *SHORT
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return request.param, done, json.loads(file.read_text())
+
+
+def test_every_engine_prints_the_same_comparison(compared, other):
+    name, _, result = other
+    mine, theirs = result["exact"], compared[1]["exact"]
+    assert list(result) == list(compared[1]) and (result["engine"], result["tp"]) == (name, 2)
+    assert {part: list(result[part]) for part in ("exact", "compressed")} == {
+        part: list(compared[1][part]) for part in ("exact", "compressed")
+    }
+    assert (mine["texts"], mine["bytes_sent"]) == (theirs["texts"], theirs["bytes_sent"])
+    assert mine["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
+    assert result["compressed"]["bytes_exact"] == compared[1]["compressed"]["bytes_exact"]
+    assert result["compressed"]["bytes_exact"] > 1.9 * result["compressed"]["bytes_sent"]
+    assert mine["perplexity"] != result["compressed"]["perplexity"] <= 1.005 * mine["perplexity"]
+    assert result["compressed"]["token_agreement"] >= 0.95
+
+
+def test_a_framework_prints_nothing_into_it(compared, other):
+    """No line beside those that the Megatron engine has: text, texts side by side, figures."""
+    _, done, _ = other
+    assert done.stderr == "" and len(done.stdout.splitlines()) == len(compared[0].stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    "name, engine, flags",
+    [
+        ("qwen2 tied", "deepspeed", ["--compare"]),
+        pytest.param("qwen2 tied", "transformers", ["--compare"], marks=pytest.mark.slow),
+        pytest.param("qwen2 tied", "megatron", ["--compare"], marks=pytest.mark.slow),
+        pytest.param("llama", "transformers", ["--compare", "--temperature", "0.8"], marks=pytest.mark.slow),
+        pytest.param(
+            "gemma2", "transformers", ["--dtype", "bf16", "--comm-sites", "layers.*.mlp"], marks=pytest.mark.slow
+        ),
+        pytest.param("gpt_neox", "deepspeed", ["--comm", "int4:g32/int8:g64", "--compare"], marks=pytest.mark.slow),
+    ],
+)
+def test_folders_that_nobody_here_made(name, engine, flags, tmp_path):
+    """Several files with an index, tied embeddings, tokenizers of two kinds."""
+    folder = hf_folders.save(name, tmp_path / "model")
+    assert len(list(folder.glob("model-0*.safetensors"))) > 2 and not (folder / "model.safetensors").exists()
+    file = tmp_path / "out.json"
+    done = run("--model", str(folder), "--engine", engine, "--json", str(file), *SHORT, *flags)
+    assert done.returncode == 0, done.stderr
+    compressed = json.loads(file.read_text())["compressed"]
+    assert compressed["bytes_sent"] < compressed["bytes_exact"] and compressed["perplexity"] > 1
+    assert all(compressed["texts"])
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_has_texts_and_no_perplexity(tmp_path):
+    folder, file = hf_folders.save("t5", tmp_path / "model"), tmp_path / "out.json"
+    done = run(
+        "--model", str(folder), "--engine", "deepspeed", "--tp", "1", "--comm", "exact", "--json", str(file), *SHORT
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(file.read_text())["exact"]["perplexity"] is None
+
+
+@pytest.mark.slow
+def test_under_deepspeeds_launcher(tmp_path):
+    """Which puts --local_rank in front of the command."""
+    file, launcher = tmp_path / "out.json", ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *COMMAND[2:], "--engine", "deepspeed", "--json", str(file), *SHORT],
+        capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(file.read_text())["tp"] == 2 and "AutoTP" not in done.stdout
 
 
 def test_tp2_exact_equals_tp1(compared, tmp_path):
@@ -161,8 +242,14 @@ BERT = '{"model_type": "bert"}'
         (["--comm-algorithm", "ring"], "unknown algorithm 'ring': use one of auto, one-shot, two-step, exact"),
         (["--comm-min-bytes", "-1"], "min_bytes is -1"),
         (["--comm", "exact", "--compare"], "compares exact with exact"),
-        (["--engine", "deepspeed"], "--engine deepspeed is not available in this version: use megatron"),
-        (["--engine", "vllm"], "unknown --engine 'vllm'"),
+        (["--engine", "vllm"], "unknown engine 'vllm': use one of megatron, deepspeed, transformers"),
+        (["--engine", "deepspeed", "--model", "/nowhere"], "model folder /nowhere does not exist"),
+        (["--engine", "deepspeed", "--model", "BERT"], "a bert is an encoder, which generates no text"),
+        (["--engine", "transformers", "--tp", "3"], "TP=3 does not divide 8 attention heads"),
+        (["--engine", "transformers", "--tp", "3"], "possible TP sizes: 1, 2, 4, 8"),
+        (["--engine", "deepspeed", "--comm-sites", "x"], "--comm-sites x selects none of layers.0.attention"),
+        (["--engine", "deepspeed", "--max-new-tokens", "512"], "the model has 512 positions"),
+        (["--trust-remote-code"], "leave --trust-remote-code and --allow-pickled-weights out"),
         (["--tp", "3"], "TP=3 does not divide 8 attention heads"),
         (["--tp", "3"], "possible TP sizes: 1, 2, 4, 8"),
         (["--tp", "1"], "nothing to compress"),
@@ -196,7 +283,8 @@ BERT = '{"model_type": "bert"}'
 def test_bad_input_is_one_line_with_the_remedy(arguments, message, capsys, tmp_path):
     if "BERT" in arguments:
         (tmp_path / "config.json").write_text(BERT)
-        arguments = ["--model", str(tmp_path)]
+        shutil.copy(BUNDLED / "model" / "model.safetensors", tmp_path)
+        arguments = [str(tmp_path) if argument == "BERT" else argument for argument in arguments]
     assert main(["generate", *arguments]) == 2
     stderr = capsys.readouterr().err
     assert stderr.startswith("error: ") and stderr.count("\n") == 1 and message in stderr
@@ -217,6 +305,27 @@ def test_unknown_flags_and_commands(arguments, message, capsys):
         main(arguments)
     stderr = capsys.readouterr().err
     assert stop.value.code == 2 and stderr.count("\n") == 1 and message in stderr and "--help" in stderr
+
+
+@pytest.mark.parametrize(
+    "engine, missing, extra",
+    [
+        ("deepspeed", "deepspeed", "deepspeed"),
+        ("transformers", "accelerate", "hf"),
+        ("megatron", "megatron", "megatron"),
+    ],
+)
+def test_a_missing_framework_is_named_with_its_extra(engine, missing, extra, monkeypatch, capsys):
+    from megatron_lowbit.engines import registry
+
+    monkeypatch.setattr(registry, "find_spec", lambda name: None if name == missing else name)
+    assert main(["generate", "--engine", engine]) == 2
+    assert f"engine {engine} needs {missing}: pip install 'megatron-lowbit[{extra}]'" in capsys.readouterr().err
+
+
+def test_deepspeeds_launcher_puts_a_flag_in_front(capsys):
+    assert main(["--local_rank=1", "generate", "--comm", "int9"]) == 2
+    assert "unknown codec 'int9'" in capsys.readouterr().err
 
 
 def test_a_launcher_with_another_number_of_ranks(monkeypatch, capsys):

@@ -66,3 +66,32 @@ def test_it_stays_what_it_was(tmp_path):
             parameter.copy_((torch.arange(parameter.numel()) % 97 / 128).view_as(parameter))
     model.save_pretrained(tmp_path)
     assert fingerprint(tmp_path) == "3db25f4fb3db5100d7c428a9b085e0143daa8b79cea1fe626b704ea8fd32dccc"
+
+
+# --- of families that Megatron is not built with ------------------------------------------------------------------
+
+
+def gpt2(seed=7, **changes):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(**({"vocab_size": 61, "n_embd": 32, "n_layer": 1, "n_head": 4} | changes)))
+
+
+def test_any_folder_with_safetensors_has_one(tmp_path):
+    gpt2().save_pretrained(tmp_path / "one")
+    gpt2().save_pretrained(tmp_path / "many", max_shard_size="10KB")
+    edit = json.loads((tmp_path / "many" / "config.json").read_text()) | {"transformers_version": "0", "dtype": None}
+    (tmp_path / "many" / "config.json").write_text(json.dumps(edit))
+    others = {"seed": gpt2(seed=8), "heads": gpt2(n_head=2), "epsilon": gpt2(layer_norm_epsilon=1e-3)}
+    for name, model in others.items():
+        model.save_pretrained(tmp_path / name)
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "many")
+    assert len({fingerprint(tmp_path / name) for name in ("one", *others)}) == 4
+
+
+def test_a_folder_without_safetensors_has_none(tmp_path):
+    gpt2().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="has no safetensors"):
+        fingerprint(tmp_path)

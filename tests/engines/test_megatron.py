@@ -14,6 +14,7 @@ import torch
 from megatron_lowbit.engines.base import Sampling, TextStream
 from megatron_lowbit.engines.megatron import MegatronEngine, init_tensor_parallel
 from megatron_lowbit.errors import ConfigError, LowBitError, ModelError
+from tests.byte_tokenizer import make_tokenizer
 from tests.ranks import run_ranks
 
 # What releases print where they are imported (0.15) or build a model (from 0.18 on).
@@ -28,21 +29,6 @@ SAMPLINGS = {
     "top_p": Sampling(NEW, top_k=0, top_p=0.6, seed=3),
     "hot": Sampling(100, temperature=1e4, top_k=0, seed=5),  # every token alike: padding would be drawn too
 }
-
-
-def make_tokenizer(folder):
-    """One token per byte (259 with the special ones), a BOS in front: half of what a random model says is no UTF-8."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    symbols = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    wrapped.save_pretrained(folder)
-    return wrapped
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,70 @@
+"""`deepspeed.init_inference` with what it needs to know of a model: the injection policy of the family, and its group.
+
+A policy of the user's own is passed on, and so is kernel injection, which has policies of DeepSpeed's; the model is
+then neither checked nor repaired. DeepSpeed shards in place: a model for which it raises an error must be loaded again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.inference.engine import InferenceEngine
+from deepspeed.module_inject import layers
+
+from megatron_lowbit.errors import ConfigError, ModelError
+
+from . import injection
+from .groups import tensor_parallel_group
+
+_GIVEN = ("tensor_parallel", "tp", "mp_size", "mpu")
+_POLICIES = ("injection_policy", "injection_dict")
+_KERNELS = ("replace_with_kernel_inject", "kernel_inject")
+
+
+def shard(model: torch.nn.Module, tp_size: int, arguments: Mapping[str, Any]) -> InferenceEngine:
+    """The model as an engine of DeepSpeed, cut into tp_size shards in place. arguments: of deepspeed.init_inference.
+
+    A collective call of all ranks for tp_size > 1. Raises ConfigError for settings that cannot be, ModelError for a
+    model that cannot be sharded.
+    """
+    settings = _settings(arguments)
+    if isinstance(tp_size, bool) or not isinstance(tp_size, int) or tp_size < 1:
+        raise ConfigError(f"tp_size is {tp_size!r}: give the number of ranks that share the model, such as 2")
+    if given := [name for name in _GIVEN if name in settings]:
+        raise ConfigError(f"{given[0]}={settings[given[0]]!r} is given beside tp_size={tp_size}: leave it out")
+    _check_model(model)
+    arguments = dict(arguments)
+    if isinstance(arguments.get("config"), dict):
+        arguments["config"] = dict(arguments["config"])  # DeepSpeed writes into it
+    if "dtype" not in settings:
+        arguments["dtype"] = next(model.parameters()).dtype  # DeepSpeed's default is fp16, whatever the weights are
+    own = any(settings.get(name) for name in (*_POLICIES, *_KERNELS))
+    with tensor_parallel_group(tp_size) if tp_size > 1 else nullcontext():
+        policy = None if own or tp_size == 1 else injection.prepare(model, tp_size)
+        if policy is not None:
+            arguments["injection_policy"] = policy
+        return deepspeed.init_inference(model, tensor_parallel={"tp_size": tp_size}, **arguments)
+
+
+def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config=`, a dict or the name of a JSON file, and the other arguments say."""
+    config = arguments.get("config")
+    if isinstance(config, str):
+        with open(config) as file:
+            config = json.load(file)
+    return {**(config or {}), **{name: value for name, value in arguments.items() if name != "config"}}
+
+
+def _check_model(model: torch.nn.Module) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise ModelError(f"model is {model!r}: pass a model of Transformers, not sharded yet")
+    if isinstance(model, InferenceEngine) or any(isinstance(m, layers.TensorParallel_Layer) for m in model.modules()):
+        raise ModelError(
+            f"this {type(model).__name__} is sharded by DeepSpeed already: pass the model that was loaded, or call "
+            "enable(engine, config) instead"
+        )

@@ -1,0 +1,93 @@
+"""The layers of a loaded model whose sums are compressed, and whether a configuration fits them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+
+from megatron_lowbit.config import CommConfig
+from megatron_lowbit.errors import ConfigError, ModelError
+from megatron_lowbit.patches.hf.sites import LOGITS, site_of
+
+from .installed import EXPERTS, ROW, Installed, installed
+
+_HEADS = ("q_proj", "k_proj", "query_key_value")  # what makes an attention's heads
+
+
+@dataclass(frozen=True)
+class Row:
+    """A module whose outputs are partial sums."""
+
+    site: str
+    path: str
+    module: torch.nn.Module
+    installed: Installed
+
+
+def rows_of(model: torch.nn.Module, config: CommConfig) -> list[Row]:
+    """In the order of the modules; logits only if `sites` names them. Raises ModelError if there are none."""
+    rows = []
+    for path, module in model.named_modules():
+        found = installed(module)
+        site = site_in(model, path, found.kind) if found and found.mesh.size() > 1 else None
+        if site is None or (site == LOGITS and not asks_for_logits(config)):
+            continue
+        if not found.replicates:
+            raise ModelError(
+                f"{path} scatters its sum or keeps it a DTensor, which this patch does not cover: "
+                "load the model with a plan whose rows are 'rowwise'"
+            )
+        rows.append(Row(site, path, module, found))
+    if not rows:
+        raise ModelError(
+            f"{type(model).__name__} has no row-parallel layer: load it on two ranks or more with "
+            "distributed_config=DistributedConfig(tp_size=2), in Transformers 4 with tp_plan='auto', under torchrun"
+        )
+    return rows
+
+
+def site_in(model: torch.nn.Module, path: str, kind: type = ROW) -> str | None:
+    """The site of the summing module at `path`; None for what is no hidden state, such as an indexer's scores."""
+    if kind in EXPERTS and "expert" not in path and not path.endswith("moe"):
+        return None
+    site = site_of(model, path)
+    if site != path:
+        return site
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return LOGITS if head is not None and head is dict(model.named_modules()).get(path) else path
+
+
+def asks_for_logits(config: CommConfig) -> bool:
+    """Whether `sites` names the logits by more than a wildcard at its beginning: "*" speaks of layers alone."""
+    return any(fnmatchcase(LOGITS, pattern) and pattern[:1] not in "*?[" for pattern in config.sites or ())
+
+
+def check_sites(config: CommConfig, model: str, sites: list[str]) -> None:
+    """Raise ConfigError if `sites` selects none, or names logits that are not summed."""
+    if asks_for_logits(config) and LOGITS not in sites:
+        raise ConfigError(
+            f"Transformers gathers the logits of {model}, they are no partial sums: leave 'logits' out of sites"
+        )
+    if sites and not any(config.selects(site) for site in sites):
+        kinds = sorted({"layers.*." + site.rpartition(".")[2] if "layers." in site else site for site in sites})
+        raise ConfigError(f"sites={config.sites!r} selects nothing in {model}: it has {', '.join(kinds)}")
+
+
+def check_heads(model: torch.nn.Module, tp: int) -> None:
+    """Raise ModelError where ranks would share a head, at which Transformers fails in the middle of a forward."""
+    config = model.config.get_text_config()
+    cut = [key for key, style in (model.tp_plan or {}).items() if style == "colwise" and key.endswith(_HEADS)]
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
+        if cut and isinstance(heads, int) and heads % tp:
+            raise ModelError(
+                f"{tp} ranks cannot share the {name}={heads} of {type(model).__name__}: use another TP size"
+            )
+
+
+def check_calibrated(config: CommConfig, sites: list[str], tp: int | None = None) -> None:
+    """Raise ConfigError if the calibration is for other sites or another number of ranks."""
+    if config.calibrated:
+        config.calibrated.check(tp=tp, sites=[site for site in sites if config.selects(site)])
