@@ -15,8 +15,8 @@ BACK = re.compile(r"(o|out|down|c)_proj|\.(o|wo|w2|fc2|fc_out|dense_4h_to_h|expe
 
 def test_has_every_family_that_the_project_promises():
     promised = "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi3 opt gpt2 gpt_neox"
-    assert set(POLICIES) == {*promised.split(), "gptj", "bloom", "falcon", "starcoder2", "t5", "bert"}
-    assert set(POLICIES) == {family.split("-")[0] for family in EVERY_FAMILY}
+    assert {*promised.split(), "gptj", "bloom", "falcon", "starcoder2", "t5", "bert"} <= set(POLICIES)
+    assert set(POLICIES) == {family.split("-")[0] for family in EVERY_FAMILY}  # a tiny model of each is tested
 
 
 @pytest.mark.parametrize("family", POLICIES)
