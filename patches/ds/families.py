@@ -47,6 +47,11 @@ def shares_key_and_value(config: Any) -> bool:
     return bool(getattr(config, "multi_query", False)) and not getattr(config, "new_decoder_architecture", False)
 
 
+def fuses_query_and_key(model: nn.Module) -> bool:
+    """Whether one linear layer makes query, key and value, as Falcon's and Phi-3's do."""
+    return any(path.endswith(("query_key_value", "qkv_proj")) for path, _ in model.named_modules())
+
+
 def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None
 

@@ -8,6 +8,7 @@ layers are found by their names, must have one for its attention and one for its
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 
@@ -77,9 +78,15 @@ def _found(model: torch.nn.Module) -> str:
 def _check_sizes(model: torch.nn.Module, tp_size: int, rows: list[tuple[str, str, torch.nn.Module]]) -> None:
     if not isinstance(tp_size, int) or tp_size < 1:
         raise ModelError(f"tp_size is {tp_size!r}: give the number of ranks, 1 or more")
-    numbers = _heads(model)
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", None) or config
+    numbers, shared = {}, _key_value_heads(config)
+    if heads := getattr(config, "num_attention_heads", None):
+        numbers[heads] = "attention heads"
     for site, _, module in rows:
         numbers.setdefault(families.in_features(module), f"features that enter {site}")
+    if shared and families.fuses_query_and_key(model):  # whose forward pass wants as many on every rank
+        numbers = {shared: "key-value heads"} | numbers
     wrong = [f"{number} {what}" for number, what in numbers.items() if number % tp_size]
     if wrong:
         most = math.gcd(*numbers)
@@ -87,16 +94,16 @@ def _check_sizes(model: torch.nn.Module, tp_size: int, rows: list[tuple[str, str
         raise ModelError(
             f"tp_size={tp_size} does not divide the {' and the '.join(wrong)} of {type(model).__name__}: use {sizes}"
         )
+    if shared and shared % tp_size:
+        warnings.warn(
+            f"tp_size={tp_size} does not divide the {shared} key-value heads of {type(model).__name__}: DeepSpeed "
+            "gives some ranks more heads than others, unlike a calibration or simulation, which cut evenly",
+            stacklevel=4,
+        )
 
 
-def _heads(model: torch.nn.Module) -> dict[int, str]:
-    """Numbers of heads that are split among the ranks, and what they are."""
-    config = getattr(model, "config", None)
-    config = getattr(config, "text_config", None) or config
-    heads = {}
-    for name in ("num_key_value_heads", "num_kv_heads"):
-        if not families.shares_key_and_value(config) and (number := getattr(config, name, None)):
-            heads[number] = "key-value heads"
-    if number := getattr(config, "num_attention_heads", None):
-        heads[number] = "attention heads"
-    return heads
+def _key_value_heads(config: object) -> int | None:
+    """Their number, where they are split among the ranks."""
+    if families.shares_key_and_value(config):
+        return None
+    return getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)

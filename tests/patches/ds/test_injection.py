@@ -29,10 +29,8 @@ def stablelm() -> nn.Module:
     return transformers.StableLmForCausalLM(config).eval()
 
 
-def model_of(name: str, world: int) -> nn.Module:
-    if name == "stablelm":
-        return stablelm()
-    return random_model(name, **({"num_key_value_heads": 4} if world == 4 else {}))
+def model_of(name: str) -> nn.Module:
+    return stablelm() if name == "stablelm" else random_model(name)
 
 
 def ask(model: nn.Module, name: str) -> torch.Tensor:
@@ -58,7 +56,7 @@ def shard(rank: int, world: int, names: list[str]) -> dict:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     found = {}
     for name in names:
-        model = model_of(name, world)
+        model = model_of(name)
         whole, said = ask(model, name), text(model, name)
         policy = prepare(model, world)
         seen = found[name] = {"whole": whole, "said": said, "repaired": ask(model, name)}
@@ -111,6 +109,7 @@ def test_every_family():
 
 
 def test_four_ranks():
+    """Of Llama's two key-value heads, two ranks get none."""
     check(["llama", "gpt2"], 4)
 
 
@@ -186,7 +185,9 @@ def test_what_is_repaired_needs_it():
 @pytest.mark.parametrize(
     ("family", "tp", "words"),
     [
-        ("llama", 4, "tp_size=4 does not divide the 2 key-value heads of LlamaForCausalLM: use 1, 2"),
+        ("llama", 8, "tp_size=8 does not divide the 4 attention heads of LlamaForCausalLM: use 1, 2, 4"),
+        ("phi3", 4, "tp_size=4 does not divide the 2 key-value heads of Phi3ForCausalLM: use 1, 2"),
+        ("falcon", 4, "tp_size=4 does not divide the 2 key-value heads of FalconForCausalLM: use 1, 2"),
         (
             "gpt2",
             3,
@@ -203,6 +204,11 @@ def test_a_size_that_does_not_divide(family, tp, words):
     with pytest.raises(ModelError, match=words):
         prepare(model, tp)
     assert names == [name for name, _ in model.named_parameters()]  # an error leaves it alone
+
+
+def test_fewer_key_value_heads_than_ranks():
+    with pytest.warns(UserWarning, match="tp_size=4 does not divide the 2 key-value heads of LlamaForCausalLM"):
+        assert prepare(random_model("llama"), 4)
 
 
 def test_heads_of_another_size_than_deepspeed_cuts():
