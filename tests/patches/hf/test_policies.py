@@ -10,7 +10,7 @@ from megatron_lowbit.patches.hf.policies import POLICIES
 from megatron_lowbit.patches.hf.sites import named
 from tests.models import EVERY_FAMILY, random_model
 
-BACK = re.compile(r"(o|out|down|c)_proj|\.(o|wo|w2|fc2|fc_out|dense_4h_to_h|experts)$|(output|attention)\.dense$")
+BACK = re.compile(r"(o|out|down|c)_proj|\.(o|wo|w2|fc2|fc_out|dense_4h_to_h|experts)$|(output|attention|attn)\.dense$")
 
 
 def test_has_every_family_that_the_project_promises():
