@@ -32,6 +32,7 @@ FOLDERS = {  # name: (model_type, sizes, kind of tokenizer)
     "qwen2 tied": ("qwen2", DECODER | {"tie_word_embeddings": True, "num_key_value_heads": 2}, "byte-level"),
     "llama": ("llama", DECODER, "pieces"),
     "gemma2": ("gemma2", DECODER | {"head_dim": 16}, "pieces"),
+    "mixtral": ("mixtral", DECODER | {"num_local_experts": 4}, "pieces"),
     "gpt_neox": ("gpt_neox", DECODER, "byte-level"),
     "gpt2": ("gpt2", GPT2, "byte-level"),
     "t5": ("t5", T5, "pieces, then end"),

@@ -17,7 +17,7 @@ from ..calibration.plot import check_installed, plot
 from ..calibration.windows import draw
 from ..calibration_file import FRACTION, Calibration
 from ..engines.registry import check_framework
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError
 from ..spec import fraction as parse_fraction
 from . import launch
 from .files import bundled, check_output, read_text
@@ -125,8 +125,6 @@ def check(arguments: argparse.Namespace) -> Job:
     check_framework("transformers")  # which computes what any engine's ranks would
     model = bundled(arguments.model, "model", "--model DIR")
     trust, facts = read_model(model, arguments, arguments.tp)
-    if not facts.scores:
-        raise ModelError(f"{model} is an encoder-decoder, which calibrate cannot show a text: use a decoder")
     positions = facts.max_positions
     length = arguments.sequence_length
     if length is None:

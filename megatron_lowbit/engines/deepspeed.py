@@ -31,7 +31,9 @@ class DeepSpeedEngine(HfEngine):
         if self.tp == 1:
             return model.to(self.device)
         with nullcontext() if self._debug else _hushed():
-            return _init_inference(model, self.tp).module
+            from ..patches import deepspeed
+
+            return deepspeed.init_inference(model, self.tp, None).module
 
     def _enable(self, config: CommConfig) -> Any:
         from ..patches import deepspeed
@@ -51,19 +53,6 @@ def _hushed() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-
-
-def _init_inference(model: torch.nn.Module, tp: int) -> Any:
-    """DeepSpeed's engine. Its shared-memory all-reduce is left out: it wants a compiler, and crashes under torchrun."""
-    import deepspeed
-    import deepspeed.ops
-
-    from ..patches.ds.injection import prepare
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed.init_inference(
-        model, tensor_parallel={"tp_size": tp}, dtype=model.dtype, injection_policy=prepare(model, tp)
-    )
 
 
 def _is_sharded(model: torch.nn.Module, path: str, module: torch.nn.Module) -> bool:

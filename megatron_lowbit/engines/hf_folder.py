@@ -202,12 +202,17 @@ def _sizes(config: Any, rows: dict[str, torch.nn.Module]) -> dict[str, int]:
         "key-value heads": getattr(config, "num_key_value_heads", None),
     }
     for site, module in rows.items():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, torch.nn.Linear):
-            sizes.setdefault(f"features that enter {site.rpartition('.')[2]}", weight.shape[1])
-        elif weight is not None:  # Conv1D of GPT-2, which keeps it transposed
-            sizes.setdefault(f"features that enter {site.rpartition('.')[2]}", weight.shape[0])
+        sizes.setdefault(f"features that enter {site.rpartition('.')[2]}", _features(module))
     return {what: size for what, size in sizes.items() if isinstance(size, int)}
+
+
+def _features(module: torch.nn.Module) -> int | None:
+    if isinstance(module, torch.nn.Linear):
+        return module.in_features
+    if (weight := getattr(module, "weight", None)) is not None:  # GPT-2's Conv1D, which keeps it the other way round
+        return weight.shape[0]
+    experts = getattr(module, "down_proj", None)  # all experts of a layer in one tensor
+    return experts.shape[-1] if isinstance(experts, torch.Tensor) else None
 
 
 @contextmanager

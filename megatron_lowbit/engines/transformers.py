@@ -51,7 +51,7 @@ def _plan(model: torch.nn.Module) -> dict[str, str]:
 
 def _is_sharded(model: torch.nn.Module, path: str, module: torch.nn.Module) -> bool:
     """Whether the plan shards the features that enter the module; a plan's paths have "*" for numbers."""
-    place = re.sub(r"\d+", "*", path)
+    place = re.sub(r"\.\d+\b", ".*", path)
     return any(name in _plan(model) for name in (place, f"{place}.down_proj"))
 
 

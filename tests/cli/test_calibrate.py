@@ -14,6 +14,7 @@ from megatron_lowbit.calibration_file import Calibration
 from megatron_lowbit.cli.files import BUNDLED
 from megatron_lowbit.engines.fingerprint import fingerprint
 from megatron_lowbit.spec import parse
+from tests import hf_folders
 
 TEXT = BUNDLED / "sample_text.txt"
 SHORT = ["--text", str(TEXT), "--samples", "6", "--sequence-length", "32"]
@@ -101,6 +102,24 @@ def test_a_short_text_is_said_to_be_short(tmp_path, capsys):
 def test_a_single_window_has_no_overlap(tmp_path, capsys):
     calibrate(tmp_path, "--samples", "1", "--json", str(tmp_path / "a.json"))
     assert all(site["overlap"] is None for site in json.loads((tmp_path / "a.json").read_text())["sites"])
+
+
+def test_what_an_engine_does_not_have_is_left_out(tmp_path):
+    """DeepSpeed leaves experts whole: they make no partial sums."""
+    folder = hf_folders.save("mixtral", tmp_path / "model")
+    for engine, kinds in (("deepspeed", ["attention"]), ("transformers", ["attention", "moe.combine"])):
+        made = calibrate(tmp_path, "--model", str(folder), "--engine", engine, tp="2", name=engine)
+        assert made.sites == tuple(f"layers.{layer}.{kind}" for layer in range(2) for kind in kinds)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_a_family_that_megatron_does_not_run(name, tmp_path, capsys):
+    folder = hf_folders.save(name, tmp_path / "model")
+    made = calibrate(tmp_path, "--model", str(folder), "--engine", "deepspeed", tp="2")
+    made.check(parse("selective4"), 2, fingerprint(folder), made.sites)
+    assert len(made.sites) == (4 if name == "gpt2" else 10)
+    assert main(["calibrate", "--tp", "2", "--out", str(tmp_path / "b"), *SHORT, "--model", str(folder)]) == 2
+    assert f"model_type '{name}' is not supported" in capsys.readouterr().err
 
 
 def test_as_a_user_types_it(made, tmp_path):

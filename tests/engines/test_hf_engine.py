@@ -114,8 +114,9 @@ def run_engines(rank, world, llama, own, t5):
         found[f"too long {name}"] = message(engine.generate, ["a" * 100], Sampling(max_new_tokens=60))
         found[f"top_k too large {name}"] = message(engine.generate, ["a"], Sampling(top_k=259))
         found[f"window too large {name}"] = message(engine.perplexity, TEXT, 161)
-    engine = engine_class("deepspeed")(t5, 1)
-    found["t5"] = [astuple(generation) for generation in engine.generate(PROMPTS, Sampling(NEW))]
+    for tp in (1, 2):
+        engine = engine_class("deepspeed")(t5, tp)
+        found[f"t5 TP={tp}"] = [astuple(generation) for generation in engine.generate(PROMPTS, Sampling(NEW))]
     found["t5 perplexity"] = message(engine.perplexity, TEXT)
     found["t5 long"] = len(engine.generate(["a" * 600], Sampling(3))[0].tokens)
     return found
@@ -186,8 +187,9 @@ def test_perplexity_equals_transformers(models, found, window):
         assert value == pytest.approx(math.exp(nll / count), rel=1e-5)
 
 
-def test_an_encoder_decoder_writes_a_text_of_its_own(models, found):
-    for (_, text, tokens), expected in zip(found["t5"], models.t5_expected, strict=True):
+@pytest.mark.parametrize("tp", [1, 2])
+def test_an_encoder_decoder_writes_a_text_of_its_own(models, found, tp):
+    for (_, text, tokens), expected in zip(found[f"t5 TP={tp}"], models.t5_expected, strict=True):
         ends = expected.index(2) if 2 in expected else len(expected)
         assert tokens == expected[:ends] and text == models.tokenizer.decode(tokens, skip_special_tokens=True)
     assert found["t5 perplexity"].startswith("ConfigError: a t5 is an encoder-decoder: a text alone has no perplexity")

@@ -61,6 +61,14 @@ def test_experts_are_shared_where_the_engine_shares_them(tmp_path):
     assert TransformersEngine.read(tmp_path).sites[:2] == ("layers.0.attention", "layers.0.moe.combine")
 
 
+def test_numbers_within_names_are_not_those_of_layers(tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=61, **sizes)).save_pretrained(tmp_path)  # mlp.dense_4h_to_h
+    assert TransformersEngine.read(tmp_path).sites == ("layers.0.attention", "layers.0.mlp")
+
+
 def test_a_model_without_a_plan(tmp_path):
     from transformers import OPTConfig, OPTForCausalLM
 
