@@ -83,7 +83,7 @@ def check(results: list[dict], families: tuple[str, ...]) -> None:
         assert (first["same"] - first["own"]).abs().max() < 1e-6 * scale, family
         assert (first["same"] - first["whole"]).abs().max() < 1e-5 * scale, family
         # A mean, as int8 sends single tokens of a random model to another expert.
-        assert 0 < (first["compressed"] - first["own"]).abs().mean() < 0.01 * scale, family
+        assert 0 < (first["compressed"] - first["own"]).abs().mean() < 0.03 * scale, family
 
 
 @pytest.mark.parametrize(
