@@ -41,6 +41,23 @@ FAMILIES = {  # name here: (model_type, settings of its own)
 }
 
 
+def sharded(model: torch.nn.Module) -> str | None:
+    """What the second sum of a layer is called, None if this release of Transformers does not shard what makes it."""
+    plan = type(model.config).base_model_tp_plan
+    if "experts" not in str(model.config):
+        return "mlp"
+    if "layers.*.mlp.experts" in plan:
+        return "moe.combine"
+    return "moe.experts" if any(".experts.*." in key for key in plan) else None
+
+
+def runs(name: str) -> bool:
+    """Whether this release of Transformers can run the family on two ranks itself: 5.0 fails at experts."""
+    from transformers import AutoConfig
+
+    return "gather" not in AutoConfig.for_model(FAMILIES[name][0]).base_model_tp_plan.values()
+
+
 def save(folder: Path, *names: str, **changes) -> None:
     """Write the models of these families to folder/NAME, the same at every call."""
     from transformers import AutoConfig, AutoModelForCausalLM

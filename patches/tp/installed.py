@@ -29,16 +29,18 @@ ROW = tensor_parallel.RowwiseParallel
 # Experts of a layer, whose partial sums are added up in the module and reduced together.
 EXPERTS = tuple(
     getattr(tensor_parallel, name)
-    for name in ("MoeExpertsParallel", "MoeTensorParalellExperts", "AllReduceParallel", "GatherParallel")
+    for name in ("MoeExpertsParallel", "MoeTensorParalellExperts", "AllReduceParallel")
     if hasattr(tensor_parallel, name)
 )
+# Of Transformers 4.5x and 5.0: it sums in place over all ranks of the process, not those of a mesh.
+UNCOVERED = tuple(kind for kind in (getattr(tensor_parallel, "GatherParallel", None),) if kind)
 WRAPS_FORWARD = hasattr(ROW, "transform_output_post_forward")  # else it registers forward hooks
 POST = "transform_output_post_forward" if WRAPS_FORWARD else "_prepare_output_fn"
 
 
 @dataclass(frozen=True)
 class Installed:
-    """A module's parallel style. kind: the class of `ROW` or `EXPERTS` whose output function it runs."""
+    """A module's parallel style. kind: the class of `ROW`, `EXPERTS` or `UNCOVERED` whose output function it runs."""
 
     kind: type
     style: Any  # None where the release keeps only a function of it
@@ -57,9 +59,8 @@ class Installed:
         if self.style is None:
             layout = self.output.args[0] if getattr(self.output, "args", ()) else None
         layouts = layout if isinstance(layout, tuple) else (layout,)
-        return all(one is None or one.is_replicate() for one in layouts) and getattr(
-            self.style, "use_local_output", True
-        )
+        whole = all(one is None or one.is_replicate() for one in layouts)
+        return whole and getattr(self.style, "use_local_output", True)
 
 
 def group_of(mesh: DeviceMesh) -> ProcessGroup:
@@ -75,6 +76,8 @@ def installed(module: torch.nn.Module) -> Installed | None:
     if "mesh" in cells and (kind := kind_of(getattr(type(cells.get("self")), POST, None))):
         return Installed(kind, cells["self"], cells["mesh"], None, None)
     for key, hook in module._forward_hooks.items():
+        if hasattr(hook, "lowbit_installed"):  # exchanged for one of ours
+            return hook.lowbit_installed
         cells = _cells(hook)
         output = cells.get("output_fn")
         function = getattr(output, "func", getattr(output, "__func__", None))  # of a partial, or of a bound method
@@ -85,7 +88,9 @@ def installed(module: torch.nn.Module) -> Installed | None:
 
 def kind_of(function: Callable | None) -> type | None:
     """The class that this is the output function of."""
-    return next((kind for kind in (ROW, *EXPERTS) if function is not None and function is getattr(kind, POST)), None)
+    return next(
+        (kind for kind in (ROW, *EXPERTS, *UNCOVERED) if function is not None and function is getattr(kind, POST)), None
+    )
 
 
 def _cells(function: Any) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from megatron_lowbit.config import CommConfig
@@ -30,6 +32,8 @@ def tp_plan(model_config, config: CommConfig, plan: Plan | None = None) -> Plan:
             "this release of Transformers takes no overrides of a model's plan: load the model with tp_plan='auto', "
             "and call lowbit.patches.transformers.enable(model, config)"
         )
+    if importlib.util.find_spec("accelerate") is None:
+        raise ConfigError("Transformers shards models with the help of accelerate: pip install accelerate")
     model = blank(model_config)
     if plan is not None:
         plan = {key: base_of(style) if style in STYLES else style for key, style in plan.items()}

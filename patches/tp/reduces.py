@@ -83,17 +83,16 @@ def exchange_hook(module: torch.nn.Module, found: Installed) -> Callable[[], Non
 
     def hook(module, inputs, outputs):
         config = config_of(module)
-        first = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-        if config is None or _with_gradients(module, first, config, found.group):
+        if config is None or _with_gradients(module, outputs, config, found.group):
             return original(module, inputs, outputs)
-        total = _sum(module, _partial(module, first), config, found.group)
-        if found.style is None and found.kind is ROW:  # a release of DTensors
-            total = DTensor.from_local(total, found.mesh, [Replicate()], run_check=False)
-            return found.output(module, total, found.mesh)
-        if found.style is None:  # it sums in place, whatever it is told
-            return total if first is outputs else (total, *outputs[1:])
+        total = _sum(module, _partial(module, outputs), config, found.group)
+        if isinstance(outputs, DTensor):
+            return found.output(
+                module, DTensor.from_local(total, found.mesh, [Replicate()], run_check=False), found.mesh
+            )
         return found.output(module, total, _OneRank)
 
+    hook.lowbit_installed = found
     module._forward_hooks[found.hook] = hook
 
     def undo() -> None:

@@ -11,7 +11,7 @@ from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
 from megatron_lowbit.patches.hf.sites import LOGITS, site_of
 
-from .installed import EXPERTS, ROW, Installed, installed
+from .installed import EXPERTS, ROW, UNCOVERED, Installed, installed
 
 _HEADS = ("q_proj", "k_proj", "query_key_value")  # what makes an attention's heads
 
@@ -33,6 +33,13 @@ def rows_of(model: torch.nn.Module, config: CommConfig) -> list[Row]:
         found = installed(module)
         site = site_in(model, path, found.kind) if found and found.mesh.size() > 1 else None
         if site is None or (site == LOGITS and not asks_for_logits(config)):
+            continue
+        if found.kind in UNCOVERED:
+            if config.selects(site):
+                raise ModelError(
+                    f"{path} is summed by Transformers' style 'gather', which this patch does not cover: leave {site} "
+                    "out with sites=(...), or use a newer release"
+                )
             continue
         if not found.replicates:
             raise ModelError(
@@ -78,7 +85,7 @@ def check_sites(config: CommConfig, model: str, sites: list[str]) -> None:
 def check_heads(model: torch.nn.Module, tp: int) -> None:
     """Raise ModelError where ranks would share a head, at which Transformers fails in the middle of a forward."""
     config = model.config.get_text_config()
-    cut = [key for key, style in (model.tp_plan or {}).items() if style == "colwise" and key.endswith(_HEADS)]
+    cut = [key for key, style in (model._tp_plan or {}).items() if style == "colwise" and key.endswith(_HEADS)]
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)
         if cut and isinstance(heads, int) and heads % tp:

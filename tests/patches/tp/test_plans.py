@@ -5,14 +5,16 @@ import torch
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.errors import ConfigError, LowBitError, ModelError
+from megatron_lowbit.patches.tp.installed import WRAPS_FORWARD
 from tests import calibrations, planned_models
 from tests.ranks import run_ranks
 
+newer = pytest.mark.skipif(not WRAPS_FORWARD, reason="plans of this release take no overrides")
 IDS = torch.arange(24).view(2, 12) * 7 % 64
 INT8 = lowbit.CommConfig("int8:g32", min_bytes=0)
 INT4 = lowbit.CommConfig("int4:g32", min_bytes=0)
 FAMILIES = ("qwen3", "phi3", "mixtral")
-OPT = {  # everything a Llama's plan has; OPT flattens tokens before fc1 and fc2
+OPT = {  # what a Llama's plan has; but OPT's attention views what a rank holds as all of the model's heads
     "model.decoder.layers.*.self_attn.q_proj": "colwise",
     "model.decoder.layers.*.self_attn.k_proj": "colwise",
     "model.decoder.layers.*.self_attn.v_proj": "colwise",
@@ -66,6 +68,7 @@ def planned(rank: int, world: int, folder: str) -> dict:
     return results
 
 
+@newer
 def test_styles_compress_what_a_plan_gives_them(tmp_path):
     planned_models.save(tmp_path, *FAMILIES)
     first, second = run_ranks(2, planned, str(tmp_path), timeout=300)
@@ -120,6 +123,7 @@ def by_hand(rank: int, world: int, folder: str) -> dict:
     return found
 
 
+@newer
 def test_checks_plans_that_somebody_wrote(tmp_path):
     planned_models.save(tmp_path, "qwen2")
     found, _ = run_ranks(2, by_hand, str(tmp_path), timeout=300)
@@ -141,12 +145,14 @@ def early(rank: int, world: int, folder: str) -> str:
     return _error(lambda: planned_models.load(f"{folder}/qwen2", world, plan))
 
 
+@newer
 def test_a_style_without_a_configuration_says_so(tmp_path):
     planned_models.save(tmp_path, "qwen2")
     first, _ = run_ranks(2, early, str(tmp_path))
     assert "ConfigError" in first and "tp_plan(model_config, config)" in first
 
 
+@newer
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "falcon", "gptj"])
 def test_models_without_a_plan_are_sent_to_deepspeed(family):
     from transformers import AutoConfig
@@ -155,7 +161,8 @@ def test_models_without_a_plan_are_sent_to_deepspeed(family):
         lowbit.patches.transformers.tp_plan(AutoConfig.for_model(family, num_hidden_layers=1), INT8)
 
 
-def test_refuses_what_does_not_fit(tmp_path):
+@newer
+def test_refuses_what_does_not_fit(monkeypatch):
     tp_plan = lowbit.patches.transformers.tp_plan
     with pytest.raises(ConfigError, match="pass a CommConfig"):
         tp_plan(config_of("llama"), "int8")
@@ -172,3 +179,12 @@ def test_refuses_what_does_not_fit(tmp_path):
         tp_plan(config_of("llama"), lowbit.CommConfig("selective4", calibration=calibration))
     with pytest.raises(ModelError, match="AutoConfig"):
         tp_plan("a folder", INT8)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install accelerate"):
+        tp_plan(config_of("llama"), INT8)
+
+
+@pytest.mark.skipif(WRAPS_FORWARD, reason="plans of this release take overrides")
+def test_older_releases_say_what_to_do_instead():
+    with pytest.raises(ConfigError, match=r"tp_plan='auto', and call .*enable\(model, config\)"):
+        lowbit.patches.transformers.tp_plan(config_of("llama"), INT8)
