@@ -9,8 +9,6 @@ works, and nothing about accuracy.
 """
 
 import argparse
-import contextlib
-import io
 import os
 import string
 import tempfile
@@ -59,20 +57,6 @@ def load(folder: Path) -> tuple[torch.nn.Module, transformers.PreTrainedTokenize
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def shard(model: torch.nn.Module) -> torch.nn.Module:
-    """The model in the hands of DeepSpeed, split among all ranks."""
-    import deepspeed
-    import deepspeed.ops
-
-    from megatron_lowbit.patches.ds.injection import prepare
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, and crashes under torchrun
-    size = dist.get_world_size()
-    settings = {"tensor_parallel": {"tp_size": size}, "dtype": torch.float32, "injection_policy": prepare(model, size)}
-    with contextlib.redirect_stdout(io.StringIO()):
-        return deepspeed.init_inference(model, **settings)
-
-
 @torch.no_grad()
 def embed(model: Callable, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """[sentences, features]"""
@@ -102,7 +86,7 @@ def main() -> None:
     device = "cuda" if cuda else "cpu"
     batch = tokenizer(args.text, padding=True, truncation=True, max_length=128, return_tensors="pt").to(device)
     exact = embed(model.to(device), batch)
-    engine = shard(model)
+    engine = lowbit.patches.deepspeed.init_inference(model, dist.get_world_size(), config=None)  # sharded, and exact
     header = f"{'':20} {'cosine, min':>11} {'mean':>11} {'error, max':>11} {'mean':>11} {'bytes/bf16':>10}"
     rows = [header, row("exact", embed(engine, batch), exact)]
     for spec in args.spec:

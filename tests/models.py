@@ -75,12 +75,22 @@ MORE_FAMILIES = {
 EVERY_FAMILY = FAMILIES | MORE_FAMILIES
 
 
+def fused_experts() -> bool:
+    """Whether this Transformers keeps all experts of a layer in one module, as 5 does."""
+    from transformers.models.mixtral import modeling_mixtral
+
+    return hasattr(modeling_mixtral, "MixtralExperts") and not issubclass(
+        modeling_mixtral.MixtralExperts, torch.nn.ModuleList
+    )
+
+
 def site_names(family: str) -> list[str]:
     """The sites of `random_model(family)`, those of experts included, in the order of its modules."""
+    experts = "moe.combine" if fused_experts() else "moe.experts"
     if family == "qwen2_moe":  # whose second layer is dense here
-        experts = ["layers.0.moe.combine", "layers.0.moe.shared_experts"]
-        return ["layers.0.attention", *experts, "layers.1.attention", "layers.1.mlp"]
-    parts = ["attention", "moe.combine" if family in ("mixtral", "qwen3_moe") else "mlp"]
+        first = [f"layers.0.{part}" for part in ("attention", experts, "moe.shared_experts")]
+        return [*first, "layers.1.attention", "layers.1.mlp"]
+    parts = ["attention", experts if family in ("mixtral", "qwen3_moe") else "mlp"]
     if family == "t5":
         encoder = [f"encoder.layers.{layer}.{part}" for layer in range(2) for part in parts]
         return encoder + [f"layers.{i}.{part}" for i in range(2) for part in ("attention", "cross_attention", "mlp")]

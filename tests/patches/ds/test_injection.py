@@ -12,7 +12,7 @@ import megatron_lowbit as lowbit
 from megatron_lowbit.errors import ModelError
 from megatron_lowbit.patches.ds.injection import prepare
 from megatron_lowbit.patches.hf.sites import named
-from tests.models import EVERY_FAMILY, SIZES, random_model, site_names
+from tests.models import EVERY_FAMILY, SIZES, fused_experts, random_model, site_names
 from tests.ranks import run_ranks
 
 # A dot product of n fp32 numbers, summed in another order, changes by about sqrt(n) = 11 roundings of its own size, for
@@ -92,11 +92,14 @@ def check(names: list[str], world: int) -> None:
         same = {"rtol": 0, "atol": 1e-6 * (1 if world == 2 else largest)}
         torch.testing.assert_close(seen["exact"], seen["own"], **same, msg=f"{name}: ".__add__)
         assert seen["says"] == seen["said"], name
-        # Experts are one module in Transformers 5, of which DeepSpeed splits nothing
-        sums = [site for site in site_names(name) if "combine" not in site]
-        assert seen["sites"] == sums, name
-        assert seen["paths"] == {site: {"one-shot" if world == 2 else "two-step": 1} for site in sums}, name
-        assert 0 < (seen["compressed"] - seen["own"]).abs().max() < 0.1 * largest, name
+        # Of experts that are one module, as in Transformers 5, DeepSpeed splits nothing
+        sums = [site for site in site_names(name) if not site.endswith("combine")]
+        assert seen["sites"] == list(seen["paths"]) == sums, name
+        for site, paths in seen["paths"].items():
+            [calls] = paths.values()
+            assert list(paths) == ["one-shot" if world == 2 else "two-step"], (name, site)
+            assert 1 <= calls <= 4 if site.endswith("moe.experts") else calls == 1, (name, site)  # of those with tokens
+        assert 0 < (seen["compressed"] - seen["own"]).abs().mean() < 0.02 * largest, name  # a token may change experts
         for other in ranks[1:]:
             for what in ("own", "exact", "compressed"):
                 assert other[name][what].equal(seen[what]), (name, what)
@@ -109,6 +112,51 @@ def test_every_family():
 
 def test_four_ranks():
     check(["llama", "gpt2"], 4)
+
+
+def variant(name: str) -> tuple[nn.Module, dict]:
+    """A model that is built otherwise than its family's usual one, and what it is asked besides ids."""
+    beside = {"encoder_hidden_states": torch.linspace(-1, 1, 2 * 5 * 32).reshape(2, 5, 32)}
+    if name == "gpt2":
+        return random_model("gpt2", add_cross_attention=True), beside
+    if name == "bert":
+        return random_model("bert", add_cross_attention=True, is_decoder=True), beside
+    torch.manual_seed(2)
+    if name == "t5":
+        return transformers.T5EncoderModel(random_model("t5").config).eval(), {}
+    vision = {**SIZES, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    tokens = {"image_token_index": 60, "boi_token_index": 59, "eoi_token_index": 58}
+    config = transformers.Gemma3Config(text_config={**SIZES, "head_dim": 8}, vision_config=vision, **tokens)
+    return transformers.Gemma3ForConditionalGeneration(config).eval(), {}
+
+
+@torch.no_grad()
+def shard_variants(rank: int, world: int) -> dict:
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ids, found = torch.arange(24).reshape(2, 12) * 7 % 57 + 1, {}
+    for name in ("gpt2", "bert", "t5", "gemma3"):
+        model, beside = variant(name)
+        whole = model(ids, **beside)[0]
+        settings = {"tensor_parallel": {"tp_size": world}, "dtype": torch.float32}
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine = deepspeed.init_inference(model, injection_policy=prepare(model, world), **settings)
+        with lowbit.patches.deepspeed.enable(engine, lowbit.CommConfig("fp32", min_bytes=0)) as handle:
+            off = (engine(ids, **beside)[0] - whole).abs().max() / whole.abs().max()
+        found[name] = {"off": off.item(), "sites": handle.sites}
+    return found
+
+
+def test_models_that_are_built_otherwise():
+    """With cross-attention, an encoder alone, and with a vision tower, which stays whole."""
+    plain = ["layers.0.attention", "layers.0.mlp", "layers.1.attention", "layers.1.mlp"]
+    crossed = [f"layers.{i}.{part}" for i in range(2) for part in ("attention", "cross_attention", "mlp")]
+    expected = {"gpt2": crossed, "bert": crossed, "t5": plain, "gemma3": plain}
+    for found in run_ranks(2, shard_variants):
+        assert {name: seen["sites"] for name, seen in found.items()} == expected
+        assert all(seen["off"] < ROUNDINGS for seen in found.values()), found
 
 
 @torch.no_grad()
@@ -131,7 +179,8 @@ def autotp(rank: int, world: int, names: list[str]) -> dict:
 
 def test_what_is_repaired_needs_it():
     """When this fails, DeepSpeed has learnt a family: look whether its repair can go."""
-    assert set(run_ranks(2, autotp, list(BROKEN))[0]) == set(BROKEN)
+    broken = set(run_ranks(2, autotp, list(BROKEN))[0])
+    assert broken == set(BROKEN) if fused_experts() else broken | {"bloom"} == set(BROKEN)  # BLOOM changed with 5
 
 
 @pytest.mark.parametrize(
@@ -166,7 +215,7 @@ def test_heads_of_another_size_than_deepspeed_cuts():
     [
         ("t5", {"T5Block": ("SelfAttention.o", "DenseReluDense.wo", "EncDecAttention.o")}),
         ("opt", {"OPTDecoderLayer": ("self_attn.out_proj", ".fc2")}),
-        ("mixtral", {"MixtralDecoderLayer": ("self_attn.o_proj",)}),
+        ("bert", {"BertLayer": ("output.dense",)}),
         ("gpt2", {"GPT2Block": ("attn.c_proj", "mlp.c_proj")}),
     ],
 )

@@ -10,11 +10,13 @@ from megatron_lowbit.patches.hf.policies import POLICIES
 from megatron_lowbit.patches.hf.sites import named
 from tests.models import EVERY_FAMILY, random_model
 
+BACK = re.compile(r"(o|out|down|c)_proj|\.(o|wo|w2|fc2|fc_out|dense_4h_to_h|experts)$|(output|attention)\.dense$")
+
 
 def test_has_every_family_that_the_project_promises():
     promised = "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi3 opt gpt2 gpt_neox"
-    assert set(POLICIES) == {*promised.split(), "gptj", "bloom", "falcon", "starcoder2", "t5", "bert"}
-    assert set(POLICIES) == {family.split("-")[0] for family in EVERY_FAMILY}
+    assert {*promised.split(), "gptj", "bloom", "falcon", "starcoder2", "t5", "bert"} <= set(POLICIES)
+    assert set(POLICIES) == {family.split("-")[0] for family in EVERY_FAMILY}  # a tiny model of each is tested
 
 
 @pytest.mark.parametrize("family", POLICIES)
@@ -34,8 +36,6 @@ def test_leaves_out_no_row(family):
         back = {
             path
             for path, module in model.get_submodule(layer).named_modules(prefix=layer)
-            if re.search(
-                r"(o|out|down|c)_proj|\.(o|wo|fc2|fc_out|dense_4h_to_h|experts)$|(output|attention)\.dense$", path
-            )
+            if BACK.search(path) and list(module.parameters(recurse=False))
         }
         assert back == {path for path in listed if path.startswith(f"{layer}.")}
