@@ -108,6 +108,19 @@ def test_every_engine_prints_the_same_comparison(compared, other):
     assert result["compressed"]["token_agreement"] >= 0.95
 
 
+@pytest.mark.slow
+def test_the_same_tokens_agree_in_every_engine(other, tmp_path):
+    file = tmp_path / "out.json"
+    done = run("--comm", "int8:g128", "--compare", "--dtype", "fp32", "--json", str(file), *SHORT)
+    assert done.returncode == 0, done.stderr
+    megatron, result = json.loads(file.read_text()), other[2]
+    for part in ("exact", "compressed"):
+        assert result[part]["texts"] == megatron[part]["texts"]
+        assert result[part]["bytes_sent"] == megatron[part]["bytes_sent"]
+    assert result["compressed"]["token_agreement"] == megatron["compressed"]["token_agreement"]
+    assert result["compressed"]["perplexity"] == pytest.approx(megatron["compressed"]["perplexity"], rel=1e-4)
+
+
 def test_a_framework_prints_nothing_into_it(compared, other):
     """No line beside those that the Megatron engine has: text, texts side by side, figures."""
     _, done, _ = other
