@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-gpu test-triton-matrix test-megatron-matrix lint bench bench-gpu clean
+.PHONY: help demo test test-full test-gpu test-triton-matrix test-megatron-matrix test-deepspeed-matrix lint bench bench-gpu clean
 
 # A machine with a GPU has its own torch and triton, and often nothing can be installed there: with PYTHON=python3 on the
 # command line that Python runs these two as it is. They need torch, triton and numpy, tests pytest and hypothesis too.
@@ -39,6 +39,9 @@ test-triton-matrix: $(INSTALLED)  ## run the tests of the kernels with older ver
 
 test-megatron-matrix: $(INSTALLED)  ## run the tests of the Megatron patch with other releases, which are downloaded
 	@$(BIN)/python -m tests.megatron_matrix $(MATRIX_ARGS)
+
+test-deepspeed-matrix: $(INSTALLED)  ## run the tests of the DeepSpeed patch with other releases, which are downloaded
+	@$(BIN)/python -m tests.deepspeed_matrix $(MATRIX_ARGS)
 
 lint: $(INSTALLED)  ## check the code with ruff, and that the tables in the docs are those of the JSON
 	@$(BIN)/ruff check .

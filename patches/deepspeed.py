@@ -39,7 +39,8 @@ def init_inference(
 
     The handle is `engine.lowbit_handle`; with config=None nothing is enabled, and it is None. model: of Transformers,
     as loaded; it is sharded in place, over tp_size neighbouring ranks. deepspeed_kwargs: all else that DeepSpeed takes;
-    an `injection_policy` of your own wins, and without `dtype` the model keeps its own. A collective call of all ranks.
+    its `config`, a dict or a JSON file, as `deepspeed_config`. An `injection_policy` of your own wins, and without
+    `dtype` the model keeps its own. A collective call of all ranks.
     Raises ConfigError for settings that cannot be, ModelError for a model that cannot be sharded.
     """
     if config is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -27,37 +28,35 @@ _KERNELS = ("replace_with_kernel_inject", "kernel_inject")
 
 
 def shard(model: torch.nn.Module, tp_size: int, arguments: Mapping[str, Any]) -> InferenceEngine:
-    """The model as an engine of DeepSpeed, cut into tp_size shards in place. arguments: of deepspeed.init_inference.
+    """The model as an engine of DeepSpeed, cut into tp_size shards in place.
 
-    A collective call of all ranks for tp_size > 1. Raises ConfigError for settings that cannot be, ModelError for a
-    model that cannot be sharded.
+    arguments: of deepspeed.init_inference, where `deepspeed_config` is what it calls config. A collective call of all
+    ranks for tp_size > 1. Raises ConfigError for settings that cannot be, ModelError for a model that is sharded.
     """
-    settings = _settings(arguments)
+    arguments = dict(arguments)
+    settings = _settings(arguments.pop("deepspeed_config", None)) | arguments
     if isinstance(tp_size, bool) or not isinstance(tp_size, int) or tp_size < 1:
         raise ConfigError(f"tp_size is {tp_size!r}: give the number of ranks that share the model, such as 2")
     if given := [name for name in _GIVEN if name in settings]:
         raise ConfigError(f"{given[0]}={settings[given[0]]!r} is given beside tp_size={tp_size}: leave it out")
     _check_model(model)
-    arguments = dict(arguments)
-    if isinstance(arguments.get("config"), dict):
-        arguments["config"] = dict(arguments["config"])  # DeepSpeed writes into it
-    if "dtype" not in settings:
-        arguments["dtype"] = next(model.parameters()).dtype  # DeepSpeed's default is fp16, whatever the weights are
+    settings.setdefault("dtype", next(model.parameters()).dtype)  # DeepSpeed's is fp16, whatever the weights are
     own = any(settings.get(name) for name in (*_POLICIES, *_KERNELS))
     with tensor_parallel_group(tp_size) if tp_size > 1 else nullcontext():
         policy = None if own or tp_size == 1 else injection.prepare(model, tp_size)
         if policy is not None:
-            arguments["injection_policy"] = policy
-        return deepspeed.init_inference(model, tensor_parallel={"tp_size": tp_size}, **arguments)
+            settings["injection_policy"] = policy
+        return deepspeed.init_inference(model, tensor_parallel={"tp_size": tp_size}, **settings)
 
 
-def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What `config=`, a dict or the name of a JSON file, and the other arguments say."""
-    config = arguments.get("config")
+def _settings(config: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """What DeepSpeed's own configuration says, a dict or the name of a JSON file."""
     if isinstance(config, str):
-        with open(config) as file:
-            config = json.load(file)
-    return {**(config or {}), **{name: value for name, value in arguments.items() if name != "config"}}
+        try:
+            config = json.loads(Path(config).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"deepspeed_config={config!r} cannot be read as JSON: {error}") from error
+    return dict(config or {})
 
 
 def _check_model(model: torch.nn.Module) -> None:

@@ -134,18 +134,22 @@ def mistakes(rank: int, world: int) -> dict[str, str]:
     say["twice"] = _message(deepspeed.enable, engine, config)
     say["gradients"] = _message(engine, ids)
     layer = engine.module.model.layers[0].mlp.down_proj
+    attributes = dict(layer.__dict__)
     layer.defer_collectives_to_compiler = True
     with torch.no_grad():
         say["deferred while enabled"] = _message(engine, ids)
-    del layer.defer_collectives_to_compiler
+    layer.__dict__.clear()
+    layer.__dict__.update(attributes)
     handle.disable()
     handle.disable()
     set_autotp_mode(training=True)
     say["training"] = _message(deepspeed.enable, engine, config)
     set_autotp_mode(training=False)
+    attributes = dict(layer.__dict__)
     layer.defer_collectives_to_compiler = True
     say["deferred"] = _message(deepspeed.enable, engine, config)
-    layer.defer_collectives_to_compiler = False
+    layer.__dict__.clear()
+    layer.__dict__.update(attributes)
     assert deepspeed.enable(engine, config).disable() is None
     assert [(a, b.keys()) for a, b, *_ in snapshot(engine)] == [(a, b.keys()) for a, b, *_ in before]
     return say

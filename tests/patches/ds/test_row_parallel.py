@@ -14,7 +14,11 @@ INT8 = {"spec": "int8:g32", "min_bytes": 0}
 
 def _layers(group) -> dict[str, torch.nn.Module]:
     """One of each class that this release has, made of the same whole layer."""
-    from deepspeed.module_inject import layers
+    from deepspeed.module_inject import layers, tp_shard
+
+    if hasattr(tp_shard, "set_num_kv_heads"):  # older releases ask this module, where newer ones ask the layer
+        tp_shard.set_num_kv_heads(None)
+        tp_shard.set_tp_grain_size(64)
 
     def linear(bias: bool = True) -> torch.nn.Linear:
         torch.manual_seed(2)
@@ -27,9 +31,9 @@ def _layers(group) -> dict[str, torch.nn.Module]:
             self.bias = None  # which DeepSpeed's class would fail over
 
     made = {
-        "LinearAllreduce": layers.LinearAllreduce(linear(), group),
-        "no bias": layers.LinearAllreduce(linear(bias=False), group),
-        "Conv_LinearALlreduce": layers.Conv_LinearALlreduce(Conv1D(), group),
+        "LinearAllreduce": layers.LinearAllreduce(linear(), group, name="mlp"),
+        "no bias": layers.LinearAllreduce(linear(bias=False), group, name="mlp"),
+        "Conv_LinearALlreduce": layers.Conv_LinearALlreduce(Conv1D(), group, name="mlp"),
     }
     if hasattr(layers, "SubParamLinearAllreduce"):
         made["SubParamLinearAllreduce"] = layers.SubParamLinearAllreduce(linear(), group, shape=(-1, (16, 16)))
