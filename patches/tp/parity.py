@@ -33,11 +33,12 @@ def check_plan(model_config, plan: Plan, tp_size: int | None = None) -> float:
     world = dist.get_world_size()
     if world == 1 or tp_size not in (None, world):
         raise ConfigError(f"a plan is checked on all ranks, which are {world}: tp_size={tp_size or world} cannot be")
-    check_keys(blank(model_config), plan)
+    model = blank(model_config)
+    check_keys(model, plan)
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         whole = _small(model_config, world)
         _save(whole, folder)
-        difference = torch.tensor([_difference(whole, folder, plan, world)])
+        difference = torch.tensor([_difference(whole, folder, (model.tp_plan or {}) | plan, world)])
     dist.all_reduce(difference, dist.ReduceOp.MAX)
     if not difference.item() <= TOLERANCE:
         raise ModelError(
@@ -117,7 +118,7 @@ def _difference(whole: torch.nn.Module, folder: str, plan: Plan, world: int) -> 
     from transformers.distributed import DistributedConfig
 
     ids = torch.arange(_TOKENS[0] * _TOKENS[1]).view(_TOKENS) % whole.config.get_text_config().vocab_size
-    distributed = DistributedConfig(tp_size=world, tp_plan=plan or None)
+    distributed = DistributedConfig(tp_size=world, tp_plan=plan)
     try:
         sharded = type(whole).from_pretrained(folder, distributed_config=distributed, dtype=torch.float32).eval()
         with torch.no_grad():

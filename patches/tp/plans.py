@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib.util
 
 import torch
+from transformers import PreTrainedModel
 
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
 from megatron_lowbit.patches.hf.sites import LOGITS
 
 from . import parity
-from .installed import POST, WRAPS_FORWARD, kind_of
+from .installed import POST, WRAPS_FORWARD, kind_of, tensor_parallel
 from .models import Plan, blank, check_keys, own_plan, wildcard
 from .rows import asks_for_logits, check_calibrated, check_sites, site_in
 from .styles import STYLES, base_of, name_of
+
+# Whether Transformers puts a plan over the model's own, as it does from 5.2x on, or takes it for the whole plan.
+MERGES = hasattr(PreTrainedModel, "_resolve_parallel_plans") or hasattr(tensor_parallel, "resolve_parallel_plans")
 
 
 def tp_plan(model_config, config: CommConfig, plan: Plan | None = None) -> Plan:
@@ -54,7 +58,8 @@ def tp_plan(model_config, config: CommConfig, plan: Plan | None = None) -> Plan:
         raise ModelError(f"the plan of {type(model).__name__} has no row-parallel layer: {merged}")
     check_sites(config, type(model).__name__, sites)
     check_calibrated(config, sites)
-    return (plan or {}) | {key: name_of(base_of(style), config) for key, style in rules.items()}
+    overrides = (plan or {}) | {key: name_of(base_of(style), config) for key, style in rules.items()}
+    return overrides if MERGES else merged | overrides
 
 
 def check_loaded(model: torch.nn.Module) -> None:
