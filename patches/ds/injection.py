@@ -31,6 +31,7 @@ def prepare(model: torch.nn.Module, tp_size: int) -> InjectionPolicy:
         raise ModelError(f"no row-parallel layer in {type(model).__name__}: {_found(model)}")
     if policy_of(model) is None:
         _check_guess(model, {site for site, _, _ in rows})
+        _check_norms(model, rows)
     _check_sizes(model, tp_size, rows)
     families.repair(model)
     policy: dict[type[torch.nn.Module], list[str]] = {}
@@ -58,6 +59,21 @@ def _check_guess(model: torch.nn.Module, sites: set[str]) -> None:
             raise ModelError(
                 f"of {layer} only {', '.join(sorted(kinds))} has a usual name for a row-parallel layer: {_found(model)}"
             )
+
+
+def _check_norms(model: torch.nn.Module, rows: list[tuple[str, str, torch.nn.Module]]) -> None:
+    """Raise ModelError for weights over the features of all heads that are no linear layer's: DeepSpeed cuts them not."""
+    for path in (path for site, path, _ in rows if site.endswith("attention")):
+        parent, _, own = path.rpartition(".")
+        children = list(model.get_submodule(parent).named_children())
+        cut = {child.out_features for name, child in children if isinstance(child, torch.nn.Linear) and name != own}
+        for name, child in children:
+            sizes = {weight.numel() for weight in child.parameters()} if not families.is_linear(child) else set()
+            if sizes & cut:
+                raise ModelError(
+                    f"{parent}.{name} ({type(child).__name__}) spans the features of all heads, of which a rank has a "
+                    f"part: DeepSpeed cannot shard {type(model).__name__}; use Transformers' tensor parallelism"
+                )
 
 
 def _found(model: torch.nn.Module) -> str:

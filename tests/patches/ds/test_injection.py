@@ -258,6 +258,13 @@ def test_a_family_whose_layers_have_other_names():
     )
 
 
+def test_a_norm_over_all_heads_is_refused():
+    sizes = SIZES | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    model = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**sizes))
+    with pytest.raises(ModelError, match=r"q_norm \(Olmo2RMSNorm\) spans the features of all heads"):
+        prepare(model, 2)
+
+
 @pytest.mark.parametrize("family", BROKEN)
 @torch.no_grad()
 def test_a_repair_done_twice_changes_nothing(family):
