@@ -106,7 +106,8 @@ def read_folder(
     path, raw = read_config_json(folder)
     if raw.get("quantization_config"):
         raise ModelError(f"{path}: quantized weights are not supported; use an fp32, fp16 or bf16 checkpoint")
-    config = _config(folder, path, raw, trust)
+    with hushed():
+        config = _config(folder, path, raw, trust)
     text = config.get_text_config()
     _check_weights(folder, trust)
     with hushed():

@@ -1,6 +1,7 @@
 """What is known of any folder before it is loaded, and every reason to refuse one."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -129,6 +130,13 @@ def test_configs_that_are_refused(folder, changes, message):
     edit(folder, **changes)
     with pytest.raises(ModelError, match=message):
         read_folder(folder)
+
+
+def test_transformers_warns_of_nothing(folder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # for caplog
+    edit(folder, bos_token_id=61)  # beyond the vocabulary
+    read_folder(folder)
+    assert not caplog.records
 
 
 def test_folders_that_are_refused(folder, tmp_path):
