@@ -104,7 +104,7 @@ def _found(model: torch.nn.Module, config: CommConfig, catch_all: bool) -> list[
     if not found and not catch_all:
         raise ModelError(
             f"this {type(model).__name__} has no row-parallel layer of DeepSpeed, which makes none for tp_size 1: pass "
-            'what deepspeed.init_inference returned, with tensor_parallel={"tp_size": 2} or more'
+            "what deepspeed.init_inference returned for 2 ranks or more"
         )
     return found
 

@@ -44,6 +44,8 @@ def enable(model: torch.nn.Module, config: CommConfig) -> Handle:
     """
     if not isinstance(config, CommConfig):
         raise ConfigError(f"config is {config!r}: pass a CommConfig, such as CommConfig(spec='int4:g32')")
+    if not isinstance(model, torch.nn.Module):
+        raise ModelError(f"{model!r} is no model: pass what from_pretrained returned, loaded with tensor parallelism")
     plans.check_loaded(model)
     return _enable(model, config, ENABLED)
 

@@ -159,6 +159,7 @@ def refusals(rank: int, world: int, folder: str) -> dict:
     enable, config = lowbit.patches.transformers.enable, lowbit.CommConfig
     model = planned_models.load(f"{folder}/llama", world)
     found = {"config": _error(lambda: enable(model, "int8"))}
+    found["no model"] = [_error(lambda: enable(wrong, INT8)) for wrong in ("llama", type(model))]
     found["whole"] = _error(lambda: enable(planned_models.load(f"{folder}/llama", 1), INT8))
     found["nothing"] = _error(lambda: enable(model, config("int8", sites=("layers.*.moe.combine",))))
     found["logits"] = _error(lambda: enable(model, config("int8", sites=("layers.*.mlp", "logits"))))
@@ -187,6 +188,7 @@ def test_says_what_cannot_be_done(tmp_path):
     planned_models.save(tmp_path / "deep", "llama", num_hidden_layers=32)
     found, _ = run_ranks(2, refusals, str(tmp_path), timeout=300)
     assert "ConfigError: config is 'int8'" in found["config"]
+    assert all("is no model: pass what from_pretrained returned" in said for said in found["no model"])
     assert "ModelError: LlamaForCausalLM has no row-parallel layer" in found["whole"]
     assert "selects nothing" in found["nothing"] and "layers.*.attention, layers.*.mlp" in found["nothing"]
     assert "gathers the logits" in found["logits"]
