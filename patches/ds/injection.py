@@ -62,7 +62,7 @@ def _check_guess(model: torch.nn.Module, sites: set[str]) -> None:
 
 
 def _check_norms(model: torch.nn.Module, rows: list[tuple[str, str, torch.nn.Module]]) -> None:
-    """Raise ModelError for weights over the features of all heads that are no linear layer's: DeepSpeed cuts them not."""
+    """Raise ModelError for a norm over the features of all heads, which DeepSpeed leaves whole."""
     for path in (path for site, path, _ in rows if site.endswith("attention")):
         parent, _, own = path.rpartition(".")
         children = list(model.get_submodule(parent).named_children())
@@ -72,7 +72,7 @@ def _check_norms(model: torch.nn.Module, rows: list[tuple[str, str, torch.nn.Mod
             if sizes & cut:
                 raise ModelError(
                     f"{parent}.{name} ({type(child).__name__}) spans the features of all heads, of which a rank has a "
-                    f"part: DeepSpeed cannot shard {type(model).__name__}; use Transformers' tensor parallelism"
+                    f"part: DeepSpeed cannot shard {type(model).__name__}; try Transformers' own tensor parallelism"
                 )
 
 

@@ -159,7 +159,7 @@ def refusals(rank: int, world: int, folder: str) -> dict:
     enable, config = lowbit.patches.transformers.enable, lowbit.CommConfig
     model = planned_models.load(f"{folder}/llama", world)
     found = {"config": _error(lambda: enable(model, "int8"))}
-    found["no model"] = [_error(lambda: enable(wrong, INT8)) for wrong in ("llama", type(model))]
+    found["no model"] = [_error(lambda wrong=wrong: enable(wrong, INT8)) for wrong in ("llama", type(model))]
     found["whole"] = _error(lambda: enable(planned_models.load(f"{folder}/llama", 1), INT8))
     found["nothing"] = _error(lambda: enable(model, config("int8", sites=("layers.*.moe.combine",))))
     found["logits"] = _error(lambda: enable(model, config("int8", sites=("layers.*.mlp", "logits"))))
