@@ -131,7 +131,8 @@ def read_config(folder: str | Path) -> ModelConfig:
     family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
         raise ModelError(
-            f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
+            f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}; "
+            "other families: --engine deepspeed or transformers"
         )
     raw = {**family.defaults, **raw}
     _check_values(raw, family, path)
