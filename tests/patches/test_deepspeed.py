@@ -208,7 +208,7 @@ def large(rank: int, world: int) -> dict:
 def test_enabling_takes_no_time():
     first = run_ranks(2, large)[0]
     assert first["sites"] == 64
-    assert first["seconds"] < 10  # 0.01 s on an idle machine
+    assert first["seconds"] < 10  # 0.003 s when it was measured
 
 
 def test_without_a_launcher():
