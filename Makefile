@@ -40,8 +40,9 @@ test-triton-matrix: $(INSTALLED)  ## run the tests of the kernels with older ver
 test-megatron-matrix: $(INSTALLED)  ## run the tests of the Megatron patch with other releases, which are downloaded
 	@$(BIN)/python -m tests.megatron_matrix $(MATRIX_ARGS)
 
-test-deepspeed-matrix: $(INSTALLED)  ## run the tests of the DeepSpeed patch with other releases, which are downloaded
+test-deepspeed-matrix: $(INSTALLED)  ## run the tests of both patches with other releases of DeepSpeed and Transformers
 	@$(BIN)/python -m tests.deepspeed_matrix $(MATRIX_ARGS)
+	@$(BIN)/python -m tests.transformers_matrix $(TRANSFORMERS_MATRIX_ARGS)
 
 lint: $(INSTALLED)  ## check the code with ruff, and that the tables in the docs are those of the JSON
 	@$(BIN)/ruff check .

@@ -1,7 +1,5 @@
 """The Transformers patch on real ranks, against Transformers' own results."""
 
-import time
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -175,9 +173,8 @@ def refusals(rank: int, world: int, folder: str) -> dict:
         model(IDS)
         found["selected"] = paths()
     model = planned_models.load(f"{folder}/deep/llama", world)
-    begin = time.perf_counter()
     with enable(model, INT8) as handle:
-        found["seconds"], found["sites"] = time.perf_counter() - begin, len(handle.sites)
+        found["sites"] = len(handle.sites)
     model.config.num_key_value_heads = 1
     found["heads"] = _error(lambda: enable(model, INT8))
     return found
@@ -198,7 +195,7 @@ def test_says_what_cannot_be_done(tmp_path):
     assert found["selected"] == {
         site: {"one-shot" if site.endswith("mlp") else "exact": 1} for site in expected_sites()
     }
-    assert found["sites"] == 64 and found["seconds"] < 1
+    assert found["sites"] == 64
     assert "num_key_value_heads=1" in found["heads"]
 
 
