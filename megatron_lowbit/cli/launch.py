@@ -11,10 +11,11 @@ from contextlib import contextmanager
 
 from ..errors import ConfigError, RankError
 
-# Ctrl-C reaches the whole process group: the launcher ends the ranks, which need not each dump a traceback.
+# Ctrl-C reaches the whole process group, and the launcher passes it on: a rank ends at once, without a traceback of its
+# own. One that ignored it would be waited for, for 30 s.
 RANK = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 from megatron_lowbit.__main__ import main
 sys.exit(main())
 """
@@ -64,6 +65,8 @@ def start_ranks(ranks: int, argv: list[str], debug: bool) -> int:
         raise KeyboardInterrupt from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode == -signal.SIGINT:  # seen before the launcher's own
+            raise KeyboardInterrupt from None
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             raise RankError(
