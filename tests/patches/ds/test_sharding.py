@@ -42,6 +42,7 @@ def arguments(rank: int, world: int, folder: str) -> dict:
         "tp in config": _message(init, tiny_llama(), 2, config, deepspeed_config={"tensor_parallel": {"tp_size": 2}}),
         "tp in a file": _message(init, tiny_llama(), 2, config, deepspeed_config=file),
         "no file": _message(init, tiny_llama(), 2, config, deepspeed_config=f"{folder}/none.json"),
+        "whole numbers": _message(init, tiny_llama(), 2, config, dtype=torch.int16),
         "tp 1": _message(init, tiny_llama(), 1, config),
     }
     settings = {"dtype": torch.float32}
@@ -77,6 +78,7 @@ def test_arguments(tmp_path):
     assert say["no model"].startswith("ModelError: model is 'llama'")
     for twice in ("tp twice", "mp twice", "tp in config", "tp in a file"):
         assert "beside tp_size=2: leave it out" in say[twice]
+    assert "DeepSpeed does not run torch.int16 on this cpu: give dtype=" in say["whole numbers"]
     assert "none.json' cannot be read as JSON" in say["no file"]
     assert say["tp 1"].endswith("for tp_size 1: pass what deepspeed.init_inference returned for 2 ranks or more")
     assert "is sharded by DeepSpeed already" in say["sharded twice"]
