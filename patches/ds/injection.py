@@ -88,6 +88,10 @@ def _found(model: torch.nn.Module) -> str:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if not linear:
         return "it has no linear layers, or was sharded already; pass the model as from_pretrained returned it"
+    if kind is None:
+        return (
+            "it has no model type to know a policy by; pass a model of Transformers, or an injection_policy of your own"
+        )
     return f"its linear layers are {', '.join(linear)}; add model type {kind!r} to POLICIES of patches/hf/policies.py"
 
 

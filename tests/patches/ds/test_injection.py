@@ -233,8 +233,14 @@ def test_names_layers_as_deepspeed_does(family, policy):
 
 
 def test_nothing_to_shard():
-    with pytest.raises(ModelError, match="no row-parallel layer in ModuleDict: its linear layers are head; add model"):
+    with pytest.raises(
+        ModelError, match="no row-parallel layer in ModuleDict: it has no model type to know a policy by"
+    ):
         prepare(nn.ModuleDict({"head": nn.Linear(4, 4)}), 2)
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1))
+    mamba.backbone.layers = nn.ModuleList()
+    with pytest.raises(ModelError, match="in MambaForCausalLM: its linear layers are lm_head; add model type 'mamba'"):
+        prepare(mamba, 2)
     with pytest.raises(ModelError, match="no row-parallel layer in Embedding: it has no linear layers, or was sharded"):
         prepare(nn.Embedding(4, 4), 2)
 
