@@ -69,9 +69,6 @@ def enable(engine_or_model: object, config: CommConfig, catch_all: bool = False)
             _hook(module, layer.lowbit_class(type(module)), sent, handle)
         if catch_all:
             handle.add(catch_all_route.SITE, catch_all_route.install(config))
-            for module in model.modules():
-                if catch_all_route.exempt(module) and "lowbit_config" not in module.__dict__:
-                    _hook(module, catch_all_route.exact_class(type(module)), [], handle)
     except Exception:
         handle.disable()
         raise

@@ -13,6 +13,8 @@ that a plan makes of partial sums are compressed only if `sites` names them.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.distributed as dist
 
@@ -32,7 +34,8 @@ from .tp.rows import check_calibrated, check_heads, check_sites, rows_of
 __all__ = ["Handle", "check_plan", "enable", "tp_plan"]
 
 ENABLED, PLANNED = "lowbit_config", "lowbit_planned"  # attributes of the modules that something holds for
-_wrapped, _handles = Replacements(), set()
+_wrapped = Replacements()
+_hooked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # a model may be dropped without disable()
 
 
 def enable(model: torch.nn.Module, config: CommConfig) -> Handle:
@@ -66,23 +69,23 @@ def _enable(model: torch.nn.Module, config: CommConfig, mark: str) -> Handle:
             raise ConfigError(f"{row.path} is enabled already: call the earlier handle's disable() first")
     handle = Handle(config)
     if installed.WRAPS_FORWARD:
-        handle.add(rows[0].site, lambda: _release(handle))
-        if not _handles:
+        handle.add([], _release)
+        if not _wrapped:
             for owner, name, wrapper in reduces.wrappers():
                 _wrapped.set(owner, name, wrapper(getattr(owner, name)))
-        _handles.add(handle)
     for row in rows:
         setattr(row.module, mark, config)
         row.module.lowbit_site = row.site
+        _hooked.add(row.module)
         handle.add(row.site, lambda module=row.module: delattr(module, mark))
         if not installed.WRAPS_FORWARD:
             handle.add(row.site, reduces.exchange_hook(row.module, row.installed))
     return handle
 
 
-def _release(handle: Handle) -> None:
-    _handles.discard(handle)
-    if not _handles:
+def _release() -> None:
+    """Put Transformers' functions back, unless something still holds for a module."""
+    if not any(mark in vars(module) for module in _hooked for mark in (ENABLED, PLANNED)):
         _wrapped.undo()
 
 

@@ -2,8 +2,8 @@
 
 That is what a module of a user's own calls, and Yuan's convolution, which names no group and so means all ranks. It is
 the process's: the sums of every model that is not enabled by itself pass here, all at the site "catch_all". Maxima,
-scalars and sums that are not of bf16, fp16 or fp32 go on to DeepSpeed. The output head and the vocabulary-parallel
-embedding call the same function; while this holds they change their class to one that finds the original.
+scalars and sums that are not of bf16, fp16 or fp32 go on to DeepSpeed. Output heads and vocabulary-parallel embeddings,
+of whatever model, call the same function; while this holds the methods of their classes find the original.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megatron_lowbit.codecs.base import DTYPES
 from megatron_lowbit.communicator import communicator
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError
+from megatron_lowbit.patches._replacements import Replacements
 
 from .answered import answered
 from .row_parallel import HEADS
@@ -29,11 +30,6 @@ SITE = "catch_all"
 _NAME = "inference_all_reduce"
 _SUM = dist.ReduceOp.SUM, deepspeed.comm.ReduceOp.SUM  # DeepSpeed has an enumeration of its own
 _EXACT = HEADS + tuple(getattr(layers, name) for name in ("VocabParallelEmbedding",) if hasattr(layers, name))
-
-
-def exempt(module: torch.nn.Module) -> bool:
-    """Whether the module's sum is exact by design."""
-    return isinstance(module, _EXACT)
 
 
 def install(config: CommConfig) -> Callable[[], None]:
@@ -52,18 +48,19 @@ def install(config: CommConfig) -> Callable[[], None]:
         return tensor.copy_(communicator(group, config).all_reduce(tensor, SITE))
 
     inference_all_reduce.lowbit_original = original
-    setattr(deepspeed.comm, _NAME, inference_all_reduce)
-    return lambda: setattr(deepspeed.comm, _NAME, original)
+    held = Replacements()
+    held.set(deepspeed.comm, _NAME, inference_all_reduce)
+    for kind in _EXACT:
+        held.set(kind, "forward", _with(original, kind.forward))
+    return held.undo
 
 
-@functools.cache
-def exact_class(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """`kind`, whose sum the catch-all leaves alone."""
-    return type(f"Exact{kind.__name__}", (_Exact, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+def _with(original: Callable, forward: Callable) -> Callable:
+    """A layer's forward, in which the function is what it was."""
 
+    @functools.wraps(forward)
+    def exact(self, *args, **kwargs) -> torch.Tensor:
+        with answered(_NAME, original):
+            return forward(self, *args, **kwargs)
 
-class _Exact:
-    def forward(self, *args, **kwargs) -> torch.Tensor:
-        current = getattr(deepspeed.comm, _NAME)
-        with answered(_NAME, getattr(current, "lowbit_original", current)):
-            return super().forward(*args, **kwargs)
+    return exact

@@ -68,7 +68,7 @@ def site_of(model: torch.nn.Module, path: str) -> str:
 
 def _in_layer(model: torch.nn.Module, match: re.Match, policy: Policy) -> bool:
     layer = model.get_submodule(match.string[: match.start("within") - 1])
-    return type(layer).__name__ in policy.layers
+    return any(kind.__name__ in policy.layers for kind in type(layer).__mro__)  # FSDP puts a class of its own on top
 
 
 def _part(within: str, rows: Mapping[str, str]) -> str | None:

@@ -9,12 +9,13 @@ from transformers import PreTrainedModel
 
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
+from megatron_lowbit.patches._handle import asks_for
 from megatron_lowbit.patches.hf.sites import LOGITS
 
 from . import parity
 from .installed import POST, WRAPS_FORWARD, kind_of, tensor_parallel
 from .models import Plan, blank, check_keys, own_plan, wildcard
-from .rows import asks_for_logits, check_calibrated, check_sites, site_in
+from .rows import check_calibrated, check_sites, site_in
 from .styles import STYLES, base_of, name_of
 
 # Whether Transformers puts a plan over the model's own, as it does from 5.2x on, or takes it for the whole plan.
@@ -51,7 +52,7 @@ def tp_plan(model_config, config: CommConfig, plan: Plan | None = None) -> Plan:
         key = wildcard(path)
         kind = kind_of(getattr(type(STYLES[merged[key]]), POST, None)) if merged.get(key) in STYLES else None
         site = site_in(model, path, kind) if kind and not isinstance(module, torch.nn.Embedding) else None
-        if site is not None and (site != LOGITS or asks_for_logits(config)):
+        if site is not None and (site != LOGITS or asks_for(config, LOGITS)):
             rules[key] = merged[key]
             sites.append(site)
     if not rules:

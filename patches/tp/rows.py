@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
+from megatron_lowbit.patches._handle import asks_for
 from megatron_lowbit.patches.hf.sites import LOGITS, site_of
 
 from .installed import EXPERTS, ROW, UNCOVERED, Installed, installed
@@ -32,7 +32,7 @@ def rows_of(model: torch.nn.Module, config: CommConfig) -> list[Row]:
     for path, module in model.named_modules():
         found = installed(module)
         site = site_in(model, path, found.kind) if found and found.mesh.size() > 1 else None
-        if site is None or (site == LOGITS and not asks_for_logits(config)):
+        if site is None or (site == LOGITS and not asks_for(config, LOGITS)):
             continue
         if found.kind in UNCOVERED:
             if config.selects(site):
@@ -52,7 +52,22 @@ def rows_of(model: torch.nn.Module, config: CommConfig) -> list[Row]:
             f"{type(model).__name__} has no row-parallel layer: load it on two ranks or more with "
             "distributed_config=DistributedConfig(tp_size=2), in Transformers 4 with tp_plan='auto', under torchrun"
         )
+    _check_experts(model, config)
     return rows
+
+
+def _check_experts(model: torch.nn.Module, config: CommConfig) -> None:
+    """Raise ModelError if the experts that are to be compressed are spread by Transformers' expert parallelism.
+
+    The configuration says so, as experts are spread after a plan has been applied.
+    """
+    ranks = getattr(getattr(model.config, "distributed_config", None), "ep_size", None) or 1
+    for path, _ in model.named_modules():
+        if ranks > 1 and path.endswith("experts") and config.selects(site := site_of(model, path)):
+            raise ModelError(
+                f"{site} lies on ranks of its own with ep_size={ranks}, and this patch does not cover that sum: load "
+                "the model without ep_size, or leave its site out, as with sites=('layers.*.attention',)"
+            )
 
 
 def site_in(model: torch.nn.Module, path: str, kind: type = ROW) -> str | None:
@@ -66,14 +81,9 @@ def site_in(model: torch.nn.Module, path: str, kind: type = ROW) -> str | None:
     return LOGITS if head is not None and head is dict(model.named_modules()).get(path) else path
 
 
-def asks_for_logits(config: CommConfig) -> bool:
-    """Whether `sites` names the logits by more than a wildcard at its beginning: "*" speaks of layers alone."""
-    return any(fnmatchcase(LOGITS, pattern) and pattern[:1] not in "*?[" for pattern in config.sites or ())
-
-
 def check_sites(config: CommConfig, model: str, sites: list[str]) -> None:
     """Raise ConfigError if `sites` selects none, or names logits that are not summed."""
-    if asks_for_logits(config) and LOGITS not in sites:
+    if asks_for(config, LOGITS) and LOGITS not in sites:
         raise ConfigError(
             f"Transformers gathers the logits of {model}, they are no partial sums: leave 'logits' out of sites"
         )

@@ -1,5 +1,8 @@
 """The Transformers patch on real ranks, against Transformers' own results."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -197,6 +200,57 @@ def test_says_what_cannot_be_done(tmp_path):
     }
     assert found["sites"] == 64
     assert "num_key_value_heads=1" in found["heads"]
+
+
+def dropped(rank: int, world: int, folder: str) -> bool:
+    """Whether a model that nobody disabled is gone with its last user, and leaves nothing behind."""
+    model = planned_models.load(folder, world)
+    lowbit.patches.transformers.enable(model, INT8)
+    row = weakref.ref(model.model.layers[0].self_attn.o_proj)
+    del model
+    gc.collect()
+    model = planned_models.load(folder, world)
+    before = _objects(model) if not installed.WRAPS_FORWARD else None
+    with lowbit.patches.transformers.enable(model, INT8):
+        pass
+    classes = [vars(kind).get(installed.POST) for kind in (installed.ROW, *installed.EXPERTS)]
+    clean = not any(hasattr(function, "__wrapped__") for function in classes)
+    return row() is None and clean and (before is None or _objects(model) == before)
+
+
+def test_a_dropped_model_is_not_kept_alive(tmp_path):
+    planned_models.save(tmp_path, "llama")
+    assert run_ranks(2, dropped, str(tmp_path / "llama"), timeout=300) == [True, True]
+
+
+def spread_experts(rank: int, world: int, folder: str) -> dict:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    patch, attention = lowbit.patches.transformers, lowbit.CommConfig("int8:g32", sites=("layers.*.attention",))
+
+    def load(plan: dict | None) -> torch.nn.Module:
+        spread = DistributedConfig(tp_size=world, tp_plan=plan, ep_size=world)
+        return AutoModelForCausalLM.from_pretrained(folder, distributed_config=spread)
+
+    plan = patch.tp_plan(AutoConfig.from_pretrained(folder), INT8)
+    with patch.enable(load(None), attention) as handle:
+        sites = handle.sites
+    return {
+        "enable": _error(lambda: patch.enable(load(None), INT8)),
+        "plan": _error(lambda: load(plan)),
+        "sites": sites,
+    }
+
+
+def test_experts_that_are_spread_whole_are_refused(tmp_path):
+    distributed = pytest.importorskip("transformers.distributed")
+    if not installed.WRAPS_FORWARD or not hasattr(distributed.DistributedConfig, "ep_size"):
+        pytest.skip("this release has no expert parallelism beside tensor parallelism")
+    planned_models.save(tmp_path, "mixtral")
+    for found in run_ranks(2, spread_experts, str(tmp_path / "mixtral"), timeout=300):
+        assert "ModelError: layers.0.moe.combine lies on ranks of its own with ep_size=2" in found["enable"]
+        assert found["plan"] == found["enable"] and found["sites"] == expected_sites(None)
 
 
 def test_needs_ranks(tmp_path):

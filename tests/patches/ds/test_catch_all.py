@@ -31,14 +31,18 @@ def caught(rank: int, world: int) -> dict:
     import deepspeed.comm
 
     enable, config = lowbit.patches.deepspeed.enable, lowbit.CommConfig("int8:g32", min_bytes=0)
-    engine, original = sharded(tiny_llama(), world), deepspeed.comm.inference_all_reduce
+    engine, other = sharded(tiny_llama(), world), sharded(tiny_llama(), world)
+    original, forward = deepspeed.comm.inference_all_reduce, type(engine.module.lm_head).forward
     own, x = Own(), torch.randn(3, 32, generator=torch.Generator().manual_seed(rank))
     parts = [torch.empty_like(x) for _ in range(world)]
     dist.all_gather(parts, x)
     results = {"simulated": lowbit.simulate.all_reduce(parts, "int8:g32", algorithm="one-shot"), "exact": sum(parts)}
-    head = engine.module.lm_head
+    heads = (
+        engine.module.lm_head,
+        other.module.lm_head,
+    )  # also that of a model which is enabled otherwise, or not at all
     with torch.no_grad():
-        logits = head(torch.ones(1, 2, 32))
+        logits = heads[0](torch.ones(1, 2, 32))
         with enable(engine, config):
             results["off"] = own(x.clone())
         lowbit.telemetry.reset_stats()
@@ -47,12 +51,12 @@ def caught(rank: int, world: int) -> dict:
             maximum = own(x.clone(), op=deepspeed.comm.ReduceOp.MAX)
             integers, scalar = own(torch.ones(3, dtype=torch.int64)), own(torch.tensor(1.0))
             engine(tokens())
-            assert head(torch.ones(1, 2, 32)).equal(logits)
-            results["twice"] = _message(enable, sharded(tiny_llama(), world), config, catch_all=True)
+            assert all(head(torch.ones(1, 2, 32)).equal(logits) for head in heads)
+            results["twice"] = _message(enable, other, config, catch_all=True)
             with torch.enable_grad():
                 results["gradient"] = _message(own, (x.clone().requires_grad_() * 1))
         results["sites"], results["paths"] = handle.sites, paths()
-        assert deepspeed.comm.inference_all_reduce is original
+        assert deepspeed.comm.inference_all_reduce is original and type(heads[0]).forward is forward
         with enable(torch.nn.Linear(2, 2), config, catch_all=True):  # without a layer of DeepSpeed
             own(x.clone())
     assert maximum.equal(torch.stack(parts).amax(0))

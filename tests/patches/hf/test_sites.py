@@ -30,6 +30,14 @@ def test_models_without_their_head():
     assert [site for site, _, _ in named(encoder)] == ["layers.0.attention", "layers.0.mlp"]
 
 
+def test_layers_whose_class_another_framework_derived():
+    model = random_model("llama")
+    for layer in model.model.layers:  # as torch's fully_shard does
+        layer.__class__ = type("FSDPLlamaDecoderLayer", (type(layer),), {})
+    assert [site for site, _, _ in named(model)] == site_names("llama")
+    assert site_of(model, "model.layers.1.mlp.down_proj") == "layers.1.mlp"
+
+
 def test_cross_attention():
     model = random_model("gpt2", num_hidden_layers=1, add_cross_attention=True)
     sites = [site for site, _, _ in named(model)]
