@@ -14,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.inference.engine import InferenceEngine
 from deepspeed.module_inject import layers
 
@@ -41,6 +42,7 @@ def shard(model: torch.nn.Module, tp_size: int, arguments: Mapping[str, Any]) ->
         raise ConfigError(f"{given[0]}={settings[given[0]]!r} is given beside tp_size={tp_size}: leave it out")
     _check_model(model)
     settings.setdefault("dtype", next(model.parameters()).dtype)  # DeepSpeed's is fp16, whatever the weights are
+    _check_dtype(settings["dtype"])
     own = any(settings.get(name) for name in (*_POLICIES, *_KERNELS))
     with tensor_parallel_group(tp_size) if tp_size > 1 else nullcontext():
         policy = None if own or tp_size == 1 else injection.prepare(model, tp_size)
@@ -57,6 +59,17 @@ def _settings(config: Mapping[str, Any] | str | None) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise ConfigError(f"deepspeed_config={config!r} cannot be read as JSON: {error}") from error
     return dict(config or {})
+
+
+def _check_dtype(dtype: object) -> None:
+    """Raise ConfigError for what DeepSpeed refuses itself, as a ValueError, once the model has been repaired."""
+    accelerator = get_accelerator()
+    if isinstance(dtype, torch.dtype) and dtype not in (supported := accelerator.supported_dtypes()):
+        names = ", ".join(str(one).removeprefix("torch.") for one in supported)
+        raise ConfigError(
+            f"DeepSpeed does not run {str(dtype).removeprefix('torch.')} on {accelerator.device_name()}: give another "
+            f"dtype, of {names}, on a command line as --dtype"
+        )
 
 
 def _check_model(model: torch.nn.Module) -> None:

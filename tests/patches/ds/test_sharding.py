@@ -42,6 +42,7 @@ def arguments(rank: int, world: int, folder: str) -> dict:
         "tp in config": _message(init, tiny_llama(), 2, config, deepspeed_config={"tensor_parallel": {"tp_size": 2}}),
         "tp in a file": _message(init, tiny_llama(), 2, config, deepspeed_config=file),
         "no file": _message(init, tiny_llama(), 2, config, deepspeed_config=f"{folder}/none.json"),
+        "dtype": _message(init, tiny_llama().double(), 2, config),
         "tp 1": _message(init, tiny_llama(), 1, config),
     }
     settings = {"dtype": torch.float32}
@@ -78,6 +79,9 @@ def test_arguments(tmp_path):
     for twice in ("tp twice", "mp twice", "tp in config", "tp in a file"):
         assert "beside tp_size=2: leave it out" in say[twice]
     assert "none.json' cannot be read as JSON" in say["no file"]
+    assert (
+        "ConfigError: DeepSpeed does not run float64 on cpu: give another dtype, of float32, bfloat16" in say["dtype"]
+    )
     assert "has no row-parallel layer" in say["tp 1"]
     assert "is sharded by DeepSpeed already" in say["sharded twice"]
     assert "is sharded by DeepSpeed already" in say["model sharded twice"]
