@@ -25,7 +25,7 @@ try:
     from .tp import installed, plans, reduces, styles
 except ImportError as error:
     raise ModelError(f"Transformers cannot be imported ({error}): pip install 'megatron-lowbit[hf]'") from error
-from ._handle import Handle
+from ._handle import Handle, check_config
 from ._replacements import Replacements
 from .tp.parity import check_plan
 from .tp.plans import tp_plan
@@ -45,8 +45,7 @@ def enable(model: torch.nn.Module, config: CommConfig) -> Handle:
     Raises ModelError when there is nothing to hook or the model was sharded by a plan that nobody checked, ConfigError
     when it is enabled already or `config` does not fit.
     """
-    if not isinstance(config, CommConfig):
-        raise ConfigError(f"config is {config!r}: pass a CommConfig, such as CommConfig(spec='int4:g32')")
+    check_config(config)
     plans.check_loaded(model)
     return _enable(model, config, ENABLED)
 
