@@ -13,6 +13,7 @@ that a plan makes of partial sums are compressed only if `sites` names them.
 
 from __future__ import annotations
 
+import sys
 import weakref
 
 import torch
@@ -46,6 +47,7 @@ def enable(model: torch.nn.Module, config: CommConfig) -> Handle:
     when it is enabled already or `config` does not fit.
     """
     check_config(config)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     plans.check_loaded(model)
     return _enable(model, config, ENABLED)
 
@@ -56,6 +58,11 @@ def _enable(model: torch.nn.Module, config: CommConfig, mark: str) -> Handle:
     rows = rows_of(model, config)
     if mark == PLANNED:  # a plan may be edited before it is used
         rows = [row for row in rows if isinstance(row.installed.style, styles.LowBit)]
+        if not rows:
+            raise ModelError(
+                "the plan's lowbit styles are on no layer whose sum is compressed: pass on what "
+                "lowbit.patches.transformers.tp_plan(model_config, config) returned"
+            )
     sites = [row.site for row in rows]
     check_sites(config, type(model).__name__, sites)
     tp = rows[0].installed.mesh.size()
@@ -65,6 +72,7 @@ def _enable(model: torch.nn.Module, config: CommConfig, mark: str) -> Handle:
         if mark in row.module.__dict__:
             raise ConfigError(f"{row.path} is enabled already: call the earlier handle's disable() first")
     handle = Handle(config)
+    handle.add([], _forget_compiled)
     if installed.WRAPS_FORWARD:
         handle.add([], _release)
         if not _wrapped:
@@ -77,6 +85,7 @@ def _enable(model: torch.nn.Module, config: CommConfig, mark: str) -> Handle:
         handle.add(row.site, lambda module=row.module: delattr(module, mark))
         if not installed.WRAPS_FORWARD:
             handle.add(row.site, reduces.exchange_hook(row.module, row.installed))
+    _forget_compiled()
     return handle
 
 
@@ -84,6 +93,12 @@ def _release() -> None:
     """Put Transformers' functions back, unless something still holds for a module."""
     if not any(mark in vars(module) for module in _hooked for mark in (ENABLED, PLANNED)):
         _wrapped.undo()
+
+
+def _forget_compiled() -> None:
+    """Have torch.compile trace again: it does not look whether methods and hooks are still those that it traced."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 styles.when_loaded(lambda model, config: _enable(model, config, PLANNED))
