@@ -1,4 +1,4 @@
-"""What the patches of built models share: what they return, and which sites are exact unless asked for."""
+"""What the patches share: what they are given and return, and which sites are exact unless asked for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 from megatron_lowbit.config import CommConfig
+from megatron_lowbit.errors import ConfigError
+
+
+def check_config(config: object) -> None:
+    """Raise ConfigError for what is no CommConfig, such as the spec alone."""
+    if not isinstance(config, CommConfig):
+        raise ConfigError(f"config is {config!r}: pass a CommConfig, such as CommConfig(spec='int4:g32')")
 
 
 def asks_for(config: CommConfig, site: str) -> bool:

@@ -23,7 +23,7 @@ try:
     from .ds.shared_memory import without_shared_memory
 except ImportError as error:
     raise ModelError(f"DeepSpeed cannot be imported ({error}): pip install 'megatron-lowbit[deepspeed]'") from error
-from ._handle import Handle
+from ._handle import Handle, check_config
 from .hf.sites import LOGITS, site_of
 
 __all__ = ["Handle", "enable", "init_inference", "without_shared_memory"]
@@ -44,7 +44,7 @@ def init_inference(
     Raises ConfigError for settings that cannot be, ModelError for a model that cannot be sharded.
     """
     if config is not None:
-        _check_config(config)
+        check_config(config)
     engine = shard(model, tp_size, deepspeed_kwargs)
     engine.lowbit_handle = enable(engine, config) if config is not None else None
     return engine
@@ -58,7 +58,7 @@ def enable(engine_or_model: object, config: CommConfig, catch_all: bool = False)
     process. Raises ModelError when there is nothing to hook, ConfigError when it is enabled already or `config` does
     not fit.
     """
-    _check_config(config)
+    check_config(config)
     model = _model(engine_or_model)
     found = _found(model, config, catch_all)
     sites = [site for *_, sent in found for site in sent] + [catch_all_route.SITE] * catch_all
@@ -73,11 +73,6 @@ def enable(engine_or_model: object, config: CommConfig, catch_all: bool = False)
         handle.disable()
         raise
     return handle
-
-
-def _check_config(config: CommConfig) -> None:
-    if not isinstance(config, CommConfig):
-        raise ConfigError(f"config is {config!r}: pass a CommConfig, such as CommConfig(spec='int4:g32')")
 
 
 def _model(engine: object) -> torch.nn.Module:

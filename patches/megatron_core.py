@@ -34,6 +34,7 @@ try:
     from .megatron.module_spec import lowbit_spec
 except ImportError as error:
     raise ModelError(f"Megatron-Core cannot be imported ({error}): pip install 'megatron-lowbit[megatron]'") from error
+from ._handle import check_config
 from ._replacements import Replacements
 from .megatron.arguments import add_lowbit_args, enable_from_args
 
@@ -113,8 +114,7 @@ def enable(config: CommConfig, model: torch.nn.Module | Iterable[torch.nn.Module
     With `model`: in that built model only, in place of a process-wide configuration. Raises ModelError when nothing can
     be hooked or a layer reduces where this patch does not reach, ConfigError when it is already enabled.
     """
-    if not isinstance(config, CommConfig):
-        raise ConfigError(f"config is {config!r}: pass a CommConfig, such as CommConfig(spec='int4:g32')")
+    check_config(config)
     handle = Handle(config)
     if model is None:
         if hooks.process_wide is not None:

@@ -13,6 +13,7 @@ that a plan makes of partial sums are compressed only if `sites` names them.
 
 from __future__ import annotations
 
+import sys
 import weakref
 
 import torch
@@ -25,7 +26,7 @@ try:
     from .tp import installed, plans, reduces, styles
 except ImportError as error:
     raise ModelError(f"Transformers cannot be imported ({error}): pip install 'megatron-lowbit[hf]'") from error
-from ._handle import Handle
+from ._handle import Handle, check_config
 from ._replacements import Replacements
 from .tp.parity import check_plan
 from .tp.plans import tp_plan
@@ -45,8 +46,8 @@ def enable(model: torch.nn.Module, config: CommConfig) -> Handle:
     Raises ModelError when there is nothing to hook or the model was sharded by a plan that nobody checked, ConfigError
     when it is enabled already or `config` does not fit.
     """
-    if not isinstance(config, CommConfig):
-        raise ConfigError(f"config is {config!r}: pass a CommConfig, such as CommConfig(spec='int4:g32')")
+    check_config(config)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"{model!r} is no model: pass what from_pretrained returned, loaded with tensor parallelism")
     plans.check_loaded(model)
@@ -59,6 +60,11 @@ def _enable(model: torch.nn.Module, config: CommConfig, mark: str) -> Handle:
     rows = rows_of(model, config)
     if mark == PLANNED:  # a plan may be edited before it is used
         rows = [row for row in rows if isinstance(row.installed.style, styles.LowBit)]
+        if not rows:
+            raise ModelError(
+                "the plan's lowbit styles are on no layer whose sum is compressed: pass on what "
+                "lowbit.patches.transformers.tp_plan(model_config, config) returned"
+            )
     sites = [row.site for row in rows]
     check_sites(config, type(model).__name__, sites)
     tp = rows[0].installed.mesh.size()
@@ -68,6 +74,7 @@ def _enable(model: torch.nn.Module, config: CommConfig, mark: str) -> Handle:
         if mark in row.module.__dict__:
             raise ConfigError(f"{row.path} is enabled already: call the earlier handle's disable() first")
     handle = Handle(config)
+    handle.add([], _forget_compiled)
     if installed.WRAPS_FORWARD:
         handle.add([], _release)
         if not _wrapped:
@@ -80,6 +87,7 @@ def _enable(model: torch.nn.Module, config: CommConfig, mark: str) -> Handle:
         handle.add(row.site, lambda module=row.module: delattr(module, mark))
         if not installed.WRAPS_FORWARD:
             handle.add(row.site, reduces.exchange_hook(row.module, row.installed))
+    _forget_compiled()
     return handle
 
 
@@ -87,6 +95,12 @@ def _release() -> None:
     """Put Transformers' functions back, unless something still holds for a module."""
     if not any(mark in vars(module) for module in _hooked for mark in (ENABLED, PLANNED)):
         _wrapped.undo()
+
+
+def _forget_compiled() -> None:
+    """Have torch.compile trace again: it does not look whether methods and hooks are still those that it traced."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 styles.when_loaded(lambda model, config: _enable(model, config, PLANNED))

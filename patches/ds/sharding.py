@@ -62,12 +62,13 @@ def _settings(config: Mapping[str, Any] | str | None) -> dict[str, Any]:
 
 
 def _check_dtype(dtype: object) -> None:
+    """Raise ConfigError for what DeepSpeed refuses itself, as a ValueError, once the model has been repaired."""
     accelerator = get_accelerator()
-    supported = accelerator.supported_dtypes()
-    if isinstance(dtype, torch.dtype) and dtype not in supported:
+    if isinstance(dtype, torch.dtype) and dtype not in (supported := accelerator.supported_dtypes()):
+        names = ", ".join(str(one).removeprefix("torch.") for one in supported)
         raise ConfigError(
-            f"DeepSpeed does not run {dtype} on this {accelerator.device_name()}: give dtype=, on a command line "
-            f"--dtype, as one of {', '.join(map(str, supported))}"
+            f"DeepSpeed does not run {str(dtype).removeprefix('torch.')} on {accelerator.device_name()}: give another "
+            f"dtype, of {names}, on a command line as --dtype"
         )
 
 

@@ -21,7 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
-from megatron_lowbit.patches._handle import asks_for
+from megatron_lowbit.patches._handle import asks_for, check_config
 
 from . import compat, sites
 
@@ -35,8 +35,7 @@ def lowbit_spec(spec: Any, config: CommConfig) -> Any:
     """
     from megatron_lowbit.patches import megatron_core
 
-    if not isinstance(config, CommConfig):
-        raise ConfigError(f"config is {config!r}: pass a CommConfig, such as CommConfig(spec='int8:g128')")
+    check_config(config)
     if megatron_core._handles:
         raise ConfigError("low-bit communication is enabled already: leave out lowbit_spec, or the flag and enable()")
     if outside := [site for site in (sites.EMBEDDING, sites.LOGITS) if asks_for(config, site)]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError, ModelError
-from megatron_lowbit.patches._handle import asks_for
+from megatron_lowbit.patches._handle import asks_for, check_config
 from megatron_lowbit.patches.hf.sites import LOGITS
 
 from . import parity
@@ -30,8 +30,7 @@ def tp_plan(model_config, config: CommConfig, plan: Plan | None = None) -> Plan:
     rules of the model's own plan, and is to be passed on as it is. Raises ModelError for models without a plan and for
     plans that do not fit, ConfigError if `config` does not or this release takes no plans.
     """
-    if not isinstance(config, CommConfig):
-        raise ConfigError(f"config is {config!r}: pass a CommConfig, such as CommConfig(spec='int4:g32')")
+    check_config(config)
     if not WRAPS_FORWARD:
         raise ConfigError(
             "this release of Transformers takes no overrides of a model's plan: load the model with tp_plan='auto', "

@@ -253,6 +253,27 @@ def test_experts_that_are_spread_whole_are_refused(tmp_path):
         assert found["plan"] == found["enable"] and found["sites"] == expected_sites(None)
 
 
+@torch.no_grad()
+def compiled(rank: int, world: int, folder: str) -> dict:
+    """Of a model that was compiled, and has run, before it is enabled: the same as of one that was not."""
+    model = planned_models.load(folder, world)
+    with lowbit.patches.transformers.enable(model, INT8):
+        expected = model(IDS).logits
+    own, traced = model(IDS).logits, torch.compile(model, backend="eager")
+    found = {"before": traced(IDS).logits.equal(own)}
+    lowbit.telemetry.reset_stats()
+    with lowbit.patches.transformers.enable(traced, INT8):
+        found["enabled"], found["paths"] = traced(IDS).logits.equal(expected), paths()
+    return found | {"after": traced(IDS).logits.equal(own)}
+
+
+def test_compiled_models_are_traced_again(tmp_path):
+    planned_models.save(tmp_path, "llama")
+    for found in run_ranks(2, compiled, str(tmp_path / "llama"), timeout=300):
+        assert found == {"before": True, "enabled": True, "after": True, "paths": found["paths"]}
+        assert list(found["paths"]) == expected_sites()
+
+
 def test_needs_ranks(tmp_path):
     planned_models.save(tmp_path, "llama")
     model = planned_models.load(str(tmp_path / "llama"), 1)

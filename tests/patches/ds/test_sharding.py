@@ -43,6 +43,7 @@ def arguments(rank: int, world: int, folder: str) -> dict:
         "tp in a file": _message(init, tiny_llama(), 2, config, deepspeed_config=file),
         "no file": _message(init, tiny_llama(), 2, config, deepspeed_config=f"{folder}/none.json"),
         "whole numbers": _message(init, tiny_llama(), 2, config, dtype=torch.int16),
+        "dtype": _message(init, tiny_llama().double(), 2, config),
         "tp 1": _message(init, tiny_llama(), 1, config),
     }
     settings = {"dtype": torch.float32}
@@ -78,8 +79,11 @@ def test_arguments(tmp_path):
     assert say["no model"].startswith("ModelError: model is 'llama'")
     for twice in ("tp twice", "mp twice", "tp in config", "tp in a file"):
         assert "beside tp_size=2: leave it out" in say[twice]
-    assert "DeepSpeed does not run torch.int16 on this cpu: give dtype=" in say["whole numbers"]
+    assert "DeepSpeed does not run int16 on cpu: give another dtype" in say["whole numbers"]
     assert "none.json' cannot be read as JSON" in say["no file"]
+    assert (
+        "ConfigError: DeepSpeed does not run float64 on cpu: give another dtype, of float32, bfloat16" in say["dtype"]
+    )
     assert say["tp 1"].endswith("for tp_size 1: pass what deepspeed.init_inference returned for 2 ranks or more")
     assert "is sharded by DeepSpeed already" in say["sharded twice"]
     assert "is sharded by DeepSpeed already" in say["model sharded twice"]
