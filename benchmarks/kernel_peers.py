@@ -1,4 +1,4 @@
-"""Other people's quantizers on the same job, where they can be imported. None of them is installed by this project.
+"""Other people's quantizers on the same job, where they can be had. Only DeepSpeed comes with an extra of this project.
 
     deepspeed     swizzle_quant, dequantize, quantized_reduction (csrc/quantization): int4 and int8, symmetric, fp16 in
                   and out, which they take for granted. Compiled here, with DeepSpeed's own flags, from the sources that
@@ -59,6 +59,8 @@ def deepspeed_module():
     spec = find_spec("deepspeed")
     if spec is None or not spec.origin:
         raise ImportError("deepspeed is not installed")
+    if not torch.cuda.is_available():
+        raise ImportError("DeepSpeed's quantizer is CUDA only")
     from torch.utils.cpp_extension import load
 
     folder = Path(spec.origin).parent / "ops" / "csrc"
