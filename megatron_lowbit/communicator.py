@@ -51,12 +51,14 @@ class Communicator:
             "min_bytes": config.min_bytes,
             "sites": config.sites and list(config.sites),
             "calibration": config.calibration_digest,
+            "plan": config.plan_digest,
             "backend": backend.of(torch.device("cuda" if cuda else "cpu")),
         }
         exchange.compare(facts, group, first=group not in _compared)
         _compared.add(group)
-        if config.calibrated and self.world > 1:
-            config.calibrated.check(tp=self.world)
+        for statistics in (config.calibrated, config.planned):
+            if statistics is not None and self.world > 1:
+                statistics.check(tp=self.world)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -171,7 +173,7 @@ class Communicator:
         and the same shape but for dim 0. Raises as `all_reduce` does, and ConfigError for splits that cannot be right.
         """
         _check(x)
-        if x.dim() == 1 and self.world > 1:
+        if x.dim() == 1 and self.world > 1 and not self.config.keeps_exact(site):
             self._codec("scatter", site).wire_nbytes((1,))  # a piece is a row of any length: all ranks refuse, or none
         me = dist.get_rank(self.group)
         sends, receives = layout.rows_exchanged(x, input_splits, output_splits, self.world, me)
@@ -187,7 +189,7 @@ class Communicator:
 
     def _codec(self, leg: str, site: str) -> Codec:
         """What this rank uses at `site` on the "scatter" or the "gather" leg."""
-        key = leg, site if self.config.calibrated else None
+        key = leg, site if self.config.per_site else None
         if key not in self._bound:
             self._bound[key] = self.config.codec(leg, site, self._rank)
         return self._bound[key]

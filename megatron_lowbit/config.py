@@ -11,7 +11,10 @@ from . import spec as _spec
 from .calibration_file import Calibration
 from .codecs import Codec, make
 from .errors import ConfigError
+from .plan_file import EXACT, Plan
 
+DEFAULT_SPEC = "int4:g32"  # why: docs/accuracy.md
+PLANNED = "plan"  # what `spec` reads where each site has its own
 ALGORITHMS = ("auto", "one-shot", "two-step", "exact")
 PLANNED_ALGORITHMS = ("hierarchical",)
 
@@ -20,29 +23,36 @@ PLANNED_ALGORITHMS = ("hierarchical",)
 class CommConfig:
     """How partial sums travel.
 
-    spec: codec of both legs, or "scatter/gather" (see `megatron_lowbit.spec`).
+    spec: codec of both legs, or "scatter/gather" (see `megatron_lowbit.spec`); None: what the plan says, or int4:g32.
     algorithm: "auto", "one-shot", "two-step" or "exact"; of the all-reduce, but "exact" holds for all collectives.
     min_bytes: of the all-reduce; messages of fewer bytes (in their own dtype) go uncompressed. None: the measured
         threshold with "auto", 0 with a named algorithm (who names one has decided).
     sites: glob patterns of the sites to compress, such as "layers.*.mlp"; None: all. Others go exact, and are counted.
     calibration: the file that `megatron-lowbit calibrate` wrote, or a Calibration; for codecs that need to know the
         values of a site (`outliers=`, selective4), and for those only. It is read when the configuration is made.
-    plan: a file of later versions; refused here, never ignored.
+    plan: in place of a spec a file that `plan_file.Plan.save` wrote, or a Plan: each site has its own spec there. A
+        site that it lacks is an error when it is used, unless `sites` leaves it out.
 
     Raises ConfigError naming the wrong value and what is allowed.
     """
 
-    spec: str = "int4:g32"
+    spec: str | None = None
     algorithm: str = "auto"
     min_bytes: int | None = None
     sites: tuple[str, ...] | None = None
     calibration: str | os.PathLike | Calibration | None = field(default=None, compare=False)  # its digest is compared
-    plan: str | None = None
+    plan: str | os.PathLike | Plan | None = field(default=None, compare=False)
     calibration_digest: str | None = field(init=False, default=None)  # of what the file holds
+    plan_digest: str | None = field(init=False, default=None)
     calibrated: Calibration | None = field(init=False, repr=False, compare=False, default=None)
+    planned: Plan | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spec", str(_spec.parse(self.spec)))
+        if self.plan is not None:
+            object.__setattr__(self, "planned", self._load_plan())
+            object.__setattr__(self, "plan_digest", self.planned.digest)
+        spec = PLANNED if self.planned else DEFAULT_SPEC if self.spec is None else str(_spec.parse(self.spec))
+        object.__setattr__(self, "spec", spec)
         if self.algorithm in PLANNED_ALGORITHMS:
             raise ConfigError(
                 f"algorithm {self.algorithm!r} is not available in this version: use one of {', '.join(ALGORITHMS)}"
@@ -61,18 +71,23 @@ class CommConfig:
                     f"sites is {self.sites!r}: give glob patterns such as ('layers.*.mlp',), or None for all"
                 )
             object.__setattr__(self, "sites", sites)
-        if self.plan is not None:
-            raise ConfigError(f"plan={self.plan!r} is not available in this version: leave it out")
         object.__setattr__(self, "calibrated", self._load() if self.calibration is not None else None)
         object.__setattr__(self, "calibration_digest", self.calibrated and self.calibrated.digest)
-        if self.legs.calibrated and self.calibrated is None:
+        if self.calibrated is None and (needing := [str(legs) for legs in self.specs if legs.calibrated]):
             raise ConfigError(
-                f"spec {self.spec!r} needs a calibration: make a file with 'megatron-lowbit calibrate' and pass it as "
+                f"spec {needing[0]!r} needs a calibration: make a file with 'megatron-lowbit calibrate' and pass it as "
                 "CommConfig(calibration=FILE), on a command line as --comm-calibration or --lowbit-comm-calibration"
             )
 
+    def _load_plan(self) -> Plan:
+        if self.spec not in (None, PLANNED):
+            raise ConfigError(f"spec {self.spec!r} and a plan exclude each other, as a plan has its own: give one")
+        if not self.plan or not isinstance(self.plan, str | os.PathLike | Plan):
+            raise ConfigError(f"plan is {self.plan!r}: give the name of a plan file, or a Plan")
+        return self.plan if isinstance(self.plan, Plan) else Plan.load(self.plan)
+
     def _load(self) -> Calibration:
-        if not self.legs.calibrated:
+        if not any(legs.calibrated for legs in self.specs):
             raise ConfigError(
                 f"spec {self.spec!r} makes no use of calibration={str(self.calibration)!r}: leave it out, or use "
                 "selective4 or outliers=1/64"
@@ -83,12 +98,13 @@ class CommConfig:
                 f"calibration is {given!r}: give the name of a file that calibrate wrote, or a Calibration"
             )
         calibration = given if isinstance(given, Calibration) else Calibration.load(given)
-        calibration.check(spec=self.legs, algorithm=self.algorithm)
+        for legs in self.specs:
+            calibration.check(spec=legs, algorithm=self.algorithm)
         return calibration
 
     def codec(self, leg: str, site: str | None, rank: int) -> Codec:
         """What `rank` uses at `site` on the "scatter" or the "gather" leg. Raises ConfigError for an unknown site."""
-        parsed: _spec.Leg = getattr(self.legs, leg)
+        parsed: _spec.Leg = getattr(self.legs_at(site), leg)
         if not parsed.calibrated:
             return make(parsed)
         if site is None:
@@ -96,10 +112,40 @@ class CommConfig:
         return make(parsed).bind(self.calibrated.statistics(site, leg), rank)
 
     @property
-    def legs(self) -> _spec.Spec:
-        """The parsed spec."""
-        return _spec.parse(self.spec)
+    def specs(self) -> tuple[_spec.Spec, ...]:
+        """All parsed specs: the plan's, or the one."""
+        return self.planned.specs if self.planned else (_spec.parse(self.spec),)
+
+    @property
+    def per_site(self) -> bool:
+        """Whether sites differ in what they send: in their spec, or in the statistics that it is given."""
+        return self.planned is not None or self.calibrated is not None
+
+    def legs_at(self, site: str | None) -> _spec.Spec:
+        """The parsed spec of a site that is not exact. Raises ConfigError for one that the plan lacks."""
+        if self.planned is None:
+            return _spec.parse(self.spec)
+        if site is None:
+            raise ConfigError(f"a plan depends on the site: name one, such as {next(iter(self.planned.sites))!r}")
+        self.planned.check(sites=[site])
+        return _spec.parse(self.planned.sites[site])
+
+    def check(self, sites: Iterable[str] = (), tp: int | None = None, fingerprint: str | None = None) -> None:
+        """Raise ConfigError if the plan or the calibration is for other sites, ranks or another model.
+
+        Sites that are not selected need neither; sites whose spec makes no use of a calibration need none.
+        """
+        sent = [site for site in sites if self.selects(site)]
+        if self.planned is not None:
+            self.planned.check(tp=tp, fingerprint=fingerprint, sites=sent)
+        if self.calibrated is not None:
+            using = [site for site in sent if not self.keeps_exact(site) and self.legs_at(site).calibrated]
+            self.calibrated.check(tp=tp, fingerprint=fingerprint, sites=using)
+
+    def keeps_exact(self, site: str) -> bool:
+        """Whether the plan wants `site` exact."""
+        return self.planned is not None and self.planned.sites.get(site) == EXACT
 
     def selects(self, site: str) -> bool:
-        """Whether `site` is to be compressed."""
+        """Whether `site` is to be compressed, if the plan does not keep it exact."""
         return self.sites is None or any(fnmatchcase(site, pattern) for pattern in self.sites)

@@ -27,11 +27,16 @@ def choose(config: CommConfig, site: str, nbytes: int, world: int, device: str) 
         return exact
     if nbytes < minimum(config, device):
         return Decision("exact", "below min_bytes")
-    if config.algorithm != "auto":
-        return Decision(config.algorithm)
+    return Decision(resolved(config.algorithm, world))
+
+
+def resolved(algorithm: str, world: int) -> str:
+    """What "auto" comes to for a message that is large enough; other algorithms are themselves."""
+    if algorithm != "auto":
+        return algorithm
     # Two ranks: one-shot sends no more than two-step and quantizes once instead of twice. From three ranks on it sends
     # N / 2 times as much.
-    return Decision("one-shot" if world == 2 else "two-step")
+    return "one-shot" if world == 2 else "two-step"
 
 
 def bypass(config: CommConfig, site: str, world: int, empty: bool) -> Decision | None:
@@ -42,6 +47,8 @@ def bypass(config: CommConfig, site: str, world: int, empty: bool) -> Decision |
         return Decision("exact", "world of one rank")
     if not config.selects(site):
         return Decision("exact", "site not selected")
+    if config.keeps_exact(site):
+        return Decision("exact", "exact in the plan")
     if empty:
         return Decision("exact", "empty message")
     return None

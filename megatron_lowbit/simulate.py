@@ -35,10 +35,14 @@ def all_reduce(
     algorithm: "one-shot", "two-step", "auto" (what ranks would choose for a message above min_bytes) or "exact" (an
     fp32 sum in rank order; torch's own all-reduce may add in another order). Raises ConfigError.
     """
+    return reduced(partials, CommConfig(spec, algorithm, min_bytes=0, calibration=calibration), site)
+
+
+def reduced(partials: Sequence[torch.Tensor], config: CommConfig, site: str | None = None) -> torch.Tensor:
+    """`all_reduce` as a communicator with `config` does it at `site`, which may have a spec of its own in a plan."""
     partials = _checked(partials, "partial sums")
-    x = partials[0]
-    config = CommConfig(spec=spec, algorithm=algorithm, min_bytes=0, calibration=calibration)
-    algorithm = policy.choose(config, "simulate", x.numel() * x.itemsize, len(partials), x.device.type).algorithm
+    x, name = partials[0], "simulate" if site is None else site
+    algorithm = policy.choose(config, name, x.numel() * x.itemsize, len(partials), x.device.type).algorithm
     if algorithm == "exact":
         total = x.float()
         for partial in partials[1:]:
@@ -99,8 +103,9 @@ def all_to_all(
 
 def _codec(config: CommConfig, leg: str, site: str | None, world: int) -> Codec:
     """Rank 0's; `sent_by` makes the others'."""
-    if config.calibrated and world > 1:
-        config.calibrated.check(tp=world)
+    for statistics in (config.calibrated, config.planned):
+        if statistics is not None and world > 1:
+            statistics.check(tp=world)
     return config.codec(leg, site, rank=0)
 
 

@@ -130,8 +130,7 @@ def _check_sites(config: CommConfig, sites: list[str], group: object) -> None:
         raise ConfigError(
             f"sites={config.sites} selects none of this model's sites: {_some(list(dict.fromkeys(sites)))}"
         )
-    if config.calibrated:
-        config.calibrated.check(tp=group and group.size(), sites=selected)
+    config.check(selected, tp=group and group.size())
 
 
 def _some(sites: list[str], limit: int = 6) -> str:

@@ -94,8 +94,11 @@ class Handle:
         """Name the modules of a model or layer whose messages will be compressed; mark: as those of this handle."""
         found = [(site, module, _messages(site, module, self.config)) for site, module in sites.named(model)]
         found = [row for row in found if row[-1]]
-        if self.config.calibrated:  # at once, and not in the middle of a forward
-            _check_calibrated(self.config, [message for *_, sent in found for message in sent])
+        messages = [message for *_, sent in found for message in sent]
+        if self.config.planned:  # at once, and not in the middle of a forward
+            self.config.planned.check(sites=filter(self.config.selects, messages))
+        if self.config.calibrated:
+            _check_calibrated(self.config, messages)
         for site, module, sent in found:
             if mark and "lowbit_config" in module.__dict__:
                 raise ModelError(f"{site} is enabled already: disable the earlier handle first")
@@ -160,9 +163,9 @@ def _messages(site: str, module: torch.nn.Module, config: CommConfig) -> list[st
 
 def _check_calibrated(config: CommConfig, messages: list[str]) -> None:
     """Raise ConfigError if the calibration does not know what will be sent."""
-    messages = [message for message in messages if config.selects(message)]
+    messages = [m for m in messages if config.selects(m) and not config.keeps_exact(m) and config.legs_at(m).calibrated]
     gathers = [message for message in messages if message.endswith((sequence_parallel.GATHER, sites.LOGITS))]
-    if config.legs.gather.calibrated:
+    if any(legs.gather.calibrated for legs in config.specs):
         if unknown := [message for message in gathers if message not in config.calibrated.sites]:
             raise ConfigError(
                 f"{config.calibrated.name} lacks {unknown[0]}: calibrations are of sums and say nothing about what is "

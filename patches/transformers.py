@@ -30,7 +30,7 @@ from ._handle import Handle, check_config
 from ._replacements import Replacements
 from .tp.parity import check_plan
 from .tp.plans import tp_plan
-from .tp.rows import check_calibrated, check_heads, check_sites, rows_of
+from .tp.rows import check_heads, check_sites, rows_of
 
 __all__ = ["Handle", "check_plan", "enable", "tp_plan"]
 
@@ -69,7 +69,7 @@ def _enable(model: torch.nn.Module, config: CommConfig, mark: str) -> Handle:
     check_sites(config, type(model).__name__, sites)
     tp = rows[0].installed.mesh.size()
     check_heads(model, tp)
-    check_calibrated(config, sites, tp)
+    config.check(sites, tp)
     for row in rows:
         if mark in row.module.__dict__:
             raise ConfigError(f"{row.path} is enabled already: call the earlier handle's disable() first")

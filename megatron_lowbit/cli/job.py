@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import ALGORITHMS, CommConfig
+from ..config import ALGORITHMS, DEFAULT_SPEC, CommConfig
 from ..engines.registry import ENGINES, check_framework, engine_class
 from ..errors import ConfigError
 from . import launch
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ..engines.base import Sampling
     from ..engines.model_facts import ModelFacts, Trust
 
-DEFAULT_SPEC = "int4:g32"  # why: docs/accuracy.md
 EXACT = "exact"
 DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -50,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     comm.add_argument(
         "--comm",
         metavar="SPEC",
-        default=DEFAULT_SPEC,
-        help=f"what partial sums travel as, such as int4:g32/int8:g128; '{EXACT}': uncompressed (default: %(default)s)",
+        help=f"what partial sums travel as, such as int4:g32/int8:g128; '{EXACT}': as it is (default: {DEFAULT_SPEC})",
     )
     comm.add_argument(
         "--comm-algorithm", metavar="NAME", default="auto", help=f"one of {', '.join(ALGORITHMS)} (default: auto)"
@@ -73,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what 'calibrate' wrote for this model and --tp; selective4 and outliers= need it",
     )
+    comm.add_argument("--comm-plan", type=Path, metavar="FILE", help="a spec for each site: docs/evaluate.md")
     comm.add_argument("--compare", action="store_true", help="run exactly as well, and compare")
     comm.add_argument(
         "--timeout", type=float, metavar="SECONDS", default=300, help="give up on a silent rank (default: 300)"
@@ -117,14 +116,12 @@ def check(arguments: argparse.Namespace) -> Job:
     """Arguments -> Job. Raises ConfigError or ModelError for anything that can be known before a model is loaded."""
     check_framework(arguments.engine)
     sites = arguments.comm_sites and tuple(arguments.comm_sites)
-    spec = DEFAULT_SPEC if arguments.comm == EXACT else arguments.comm
-    if arguments.comm == EXACT and arguments.comm_calibration:
-        raise ConfigError(
-            f"--comm {EXACT} makes no use of --comm-calibration {arguments.comm_calibration}: leave it out"
-        )
-    config = CommConfig(
-        spec, arguments.comm_algorithm, arguments.comm_min_bytes, sites, calibration=arguments.comm_calibration
-    )
+    spec = None if arguments.comm == EXACT else arguments.comm
+    files = {"calibration": arguments.comm_calibration, "plan": arguments.comm_plan}
+    for name, file in files.items():
+        if arguments.comm == EXACT and file:
+            raise ConfigError(f"--comm {EXACT} makes no use of --comm-{name} {file}: leave it out")
+    config = CommConfig(spec, arguments.comm_algorithm, arguments.comm_min_bytes, sites, **files)
     if config.algorithm == EXACT and arguments.comm != EXACT:
         raise ConfigError(f"--comm-algorithm {EXACT} compresses nothing: give --comm {EXACT} if that is meant")
     if arguments.comm == EXACT:
@@ -185,18 +182,17 @@ def read_model(model: Path, arguments: argparse.Namespace, tp: int) -> tuple[Tru
 
 
 def _check_sites(config: CommConfig, facts: ModelFacts, model: Path, tp: int) -> None:
-    """Raise ConfigError if nothing is selected, or the calibration is another's."""
+    """Raise ConfigError if nothing is selected, or the plan or the calibration is another's."""
     sites = facts.sites
     if sites and not any(map(config.selects, sites)):
         raise ConfigError(
             f"--comm-sites {' '.join(config.sites)} selects none of {sites[0]}, {sites[1]} … {sites[-1]}: give "
             "other globs"
         )
-    if config.calibrated:
+    if config.per_site:
         from ..engines.fingerprint import fingerprint
 
-        selected = [site for site in sites if config.selects(site)]
-        config.calibrated.check(tp=tp, fingerprint=fingerprint(model), sites=selected)
+        config.check(sites, tp, fingerprint(model))
 
 
 def _text(given: Path | None, facts: ModelFacts) -> str | None:

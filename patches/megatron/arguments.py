@@ -38,7 +38,7 @@ OPTIONS = {  # flag: keywords of add_argument; each takes one value, on which cl
         "help": "compress these sites only, such as 'layers.*.mlp'; may be repeated",
     },
     f"{FLAG}-calibration": {"metavar": "FILE", "help": "what 'megatron-lowbit calibrate' wrote for this model and TP"},
-    f"{FLAG}-plan": {"metavar": "FILE", "help": "of later versions; refused in this one"},
+    f"{FLAG}-plan": {"metavar": "FILE", "help": f"a spec for each site, in place of {FLAG}"},
 }
 
 
@@ -64,9 +64,9 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def config_from_args(args: argparse.Namespace) -> CommConfig | None:
-    """What the flags ask for; None without --lowbit-comm. Raises ConfigError for values that cannot be used."""
+    """What the flags ask for; None without a spec and a plan. Raises ConfigError for values that cannot be used."""
     given = {flag: getattr(args, flag[2:].replace("-", "_"), None) for flag in OPTIONS}
-    if given[FLAG] is None:
+    if given[FLAG] is None and given[f"{FLAG}-plan"] is None:
         if not hasattr(args, "lowbit_comm"):
             raise ConfigError(
                 "args has no lowbit_comm: parse the arguments with extra_args_provider=add_lowbit_args, or with "
@@ -87,7 +87,8 @@ def enable_from_args(args: argparse.Namespace) -> Handle | None:
     """`enable` for the whole process as the flags say; call it before the model is built.
 
     args: as Megatron parsed and validated them. Returns None without --lowbit-comm, and with a tensor-parallel size of
-    1, of which it warns. Raises ConfigError for flags that cannot be used, also for a calibration of another TP size.
+    1, of which it warns. Raises ConfigError for flags that cannot be used, also for a plan or calibration of another TP
+    size.
     """
     config = config_from_args(args)
     if config is None or not fits(config, args.tensor_model_parallel_size):
@@ -105,7 +106,7 @@ def enable_from_args(args: argparse.Namespace) -> Handle | None:
 def fits(config: CommConfig, tp: int) -> bool:
     """Whether there is anything to compress at this tensor-parallel size; warns if not.
 
-    Raises ConfigError if the calibration was made for another.
+    Raises ConfigError if the plan or the calibration was made for another.
     """
     if tp == 1:
         if os.environ.get("RANK", "0") == "0":
@@ -115,6 +116,5 @@ def fits(config: CommConfig, tp: int) -> bool:
                 stacklevel=3,
             )
         return False
-    if config.calibrated:
-        config.calibrated.check(tp=tp)
+    config.check(tp=tp)
     return True

@@ -15,7 +15,7 @@ from megatron_lowbit.patches.hf.sites import LOGITS
 from . import parity
 from .installed import POST, WRAPS_FORWARD, kind_of, tensor_parallel
 from .models import Plan, blank, check_keys, own_plan, wildcard
-from .rows import check_calibrated, check_sites, site_in
+from .rows import check_sites, site_in
 from .styles import STYLES, base_of, name_of
 
 # Whether Transformers puts a plan over the model's own, as it does from 5.2x on, or takes it for the whole plan.
@@ -57,7 +57,7 @@ def tp_plan(model_config, config: CommConfig, plan: Plan | None = None) -> Plan:
     if not rules:
         raise ModelError(f"the plan of {type(model).__name__} has no row-parallel layer: {merged}")
     check_sites(config, type(model).__name__, sites)
-    check_calibrated(config, sites)
+    config.check(sites)
     overrides = (plan or {}) | {key: name_of(base_of(style), config) for key, style in rules.items()}
     return overrides if MERGES else merged | overrides
 

@@ -102,9 +102,3 @@ def check_heads(model: torch.nn.Module, tp: int) -> None:
             raise ModelError(
                 f"{tp} ranks cannot share the {name}={heads} of {type(model).__name__}: use another TP size"
             )
-
-
-def check_calibrated(config: CommConfig, sites: list[str], tp: int | None = None) -> None:
-    """Raise ConfigError if the calibration is for other sites or another number of ranks."""
-    if config.calibrated:
-        config.calibrated.check(tp=tp, sites=[site for site in sites if config.selects(site)])
