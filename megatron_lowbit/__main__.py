@@ -8,10 +8,10 @@ import sys
 import traceback
 
 from . import __version__
-from .cli import calibrate, convert, generate, run
+from .cli import calibrate, convert, evaluate, generate, run
 from .errors import ConfigError, LowBitError, ModelError
 
-COMMANDS = {"generate": generate, "calibrate": calibrate, "convert": convert, "run": run}
+COMMANDS = {"generate": generate, "evaluate": evaluate, "calibrate": calibrate, "convert": convert, "run": run}
 EXAMPLES = """examples:
   megatron-lowbit generate --compare                      the bundled model on 2 ranks, exact against compressed
   megatron-lowbit generate --model DIR --tp 4 --comm int4:g32 --prompt "Once upon a time"

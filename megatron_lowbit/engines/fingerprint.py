@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -28,19 +28,38 @@ def fingerprint(folder: str | Path) -> str:
     which changes every row. Does not catch a change that spares the middle rows, nor one of the tokenizer. How the
     tensors are spread over files makes no difference. Raises ModelError as `read_config` and `Checkpoint` do.
     """
+    architecture, samples = _samples(folder)
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for _, sample in samples:
+        digest.update(sample)
+    return digest.hexdigest()
+
+
+def tensor_digests(folder: str | Path) -> dict[str, str]:
+    """Name of each tensor -> 12 digits of a hash of its sample, and "config.json" of the architecture: what tells two
+    models apart where their fingerprints differ. Raises as `fingerprint` does."""
+    architecture, samples = _samples(folder)
+    rows = [("config.json", json.dumps(architecture, sort_keys=True).encode()), *samples]
+    return {name: hashlib.sha256(sample).hexdigest()[:12] for name, sample in rows}
+
+
+def _samples(folder: str | Path) -> tuple[dict[str, object], Iterator[tuple[str, bytes]]]:
+    """(architecture, (name, what is hashed of it) of each tensor)"""
     try:
         config = read_config(folder)
         checkpoint = Checkpoint(folder, config)
         architecture, shapes, read = _architecture(config), expected_tensors(config), checkpoint.read
     except ModelError:  # another family, or one with something that Megatron is not built with
         architecture, shapes, read = _any_folder(folder)
-    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-    for name, shape in sorted(shapes.items()):
-        middle = (shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else (0, None)
-        sample = read(name, *middle)
-        digest.update(f"\n{name} {sample.dtype} {shape}\n".encode())
-        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+
+    def samples() -> Iterator[tuple[str, bytes]]:
+        for name, shape in sorted(shapes.items()):
+            middle = (shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else (0, None)
+            sample = read(name, *middle)
+            content = sample.contiguous().view(torch.uint8).numpy().tobytes()
+            yield name, f"\n{name} {sample.dtype} {shape}\n".encode() + content
+
+    return architecture, samples()
 
 
 def _any_folder(folder: str | Path) -> tuple[dict[str, object], dict[str, tuple[int, ...]], Callable]:

@@ -51,9 +51,9 @@ def simulated_tp(model: torch.nn.Module, tp: int, reduce: Reduce) -> Iterator[No
     """
     layers = _row_parallel(model)
     for site, layer in layers:
-        features = _features(layer)
-        if tp < 1 or features % tp:
-            raise ModelError(f"TP={tp} does not divide the {features} features that enter {site}; use another")
+        entering = _features(layer)
+        if tp < 1 or entering % tp:
+            raise ModelError(f"TP={tp} does not divide the {entering} features that enter {site}; use another")
     before = [vars(layer).get("forward") for _, layer in layers]
     try:
         for site, layer in layers:
@@ -65,6 +65,14 @@ def simulated_tp(model: torch.nn.Module, tp: int, reduce: Reduce) -> Iterator[No
             vars(layer).pop("forward", None)
             if forward is not None:
                 layer.forward = forward
+
+
+def features(model: torch.nn.Module) -> dict[str, int]:
+    """Site -> the features of the messages there. Raises ModelError for a model without row-parallel layers."""
+    return {
+        site: layer.down_proj.shape[1] if _is_experts(layer) else _columns(layer).shape[0]
+        for site, layer in row_parallel(model).items()
+    }
 
 
 def _is_experts(layer: torch.nn.Module) -> bool:

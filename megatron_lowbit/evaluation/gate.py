@@ -1,0 +1,61 @@
+"""A limit on how much worse predictions may have become, for the tests of those who change models or settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+SAME = ("spec", "tp", "algorithm", "plan_digest")  # what makes a row the same case
+
+
+@dataclass(frozen=True)
+class Gate:
+    """limit: of perplexity's relative rise, above the baseline's row, or above exact where there is no baseline."""
+
+    limit: float
+    baseline: tuple[Mapping[str, Any], ...] | None = None
+
+    @classmethod
+    def load(cls, path: Path | None, limit: float, digests: Mapping[str, str]) -> Gate:
+        """Read what evaluate --json wrote; None: compare with exact. digests: of this model's tensors.
+
+        Raises ConfigError for a file that is none, or of another model.
+        """
+        if path is None:
+            return cls(limit)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            rows, tensors = found["rows"], dict(found["tensors"])
+            baseline = tuple({name: row[name] for name in (*SAME, "perplexity")} for row in rows)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ConfigError(f"--baseline {path} is no --json of evaluate ({error!r}): make it again") from error
+        if differing := sorted(name for name in {*tensors, *digests} if tensors.get(name) != digests.get(name)):
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise ConfigError(
+                f"--baseline {path} is of another model: {', '.join(differing[:3])}{more} differ; evaluate that model, "
+                "or make a baseline of this one"
+            )
+        return cls(limit, baseline)
+
+    def failures(self, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+        """What to say of each row that is too much worse. Raises ConfigError for a row that the baseline lacks."""
+        found = []
+        for row in rows:
+            before, what = row["perplexity_exact"], "exact"
+            if self.baseline is not None:
+                same = [old for old in self.baseline if all(old[name] == row[name] for name in SAME)]
+                if not same:
+                    raise ConfigError(
+                        f"the baseline lacks {row['spec']} at TP {row['tp']}: make it with the same cases"
+                    )
+                before, what = same[0]["perplexity"], "the baseline"
+            rise = row["perplexity"] / before - 1
+            if not rise <= self.limit:
+                case = f"{row['spec']}, TP {row['tp']}"
+                found.append(f"{case}: perplexity {rise:+.2%} against {what}, above {self.limit:.2%}")
+        return found

@@ -1,0 +1,98 @@
+"""What an evaluation has found so far, kept in a file, so that one that was interrupted goes on where it stopped.
+
+Safetensors: per case and window the scored tokens' figures (metrics.py), and as metadata the facts that must be the
+same for results to be put together: the model's fingerprint, the text's hash, the windows, the dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+
+from ..errors import ConfigError
+from .cases import Case
+from .metrics import Tokens
+
+FORMAT, VERSION = "megatron_lowbit.evaluation", "1"
+SECONDS = 5.0  # between two savings: what an interruption can cost, beside the window at hand
+
+
+class Progress:
+    """Figures by case and window. As a context manager: saved on exit, whatever ends it.
+
+    path: None keeps them in memory alone. facts: strings. Raises ConfigError for a file of other facts, or of none.
+    """
+
+    def __init__(self, path: Path | None, facts: Mapping[str, str]) -> None:
+        self._path, self._facts, self._found = path, dict(facts), {}
+        self._saved = time.monotonic()
+        if path is not None and path.exists():
+            self._load()
+
+    def done(self, case: Case, window: int) -> bool:
+        return (case.key, window) in self._found
+
+    def add(self, case: Case, window: int, tokens: Tokens) -> None:
+        self._found[case.key, window] = tokens
+        if time.monotonic() - self._saved > SECONDS:
+            self.save()
+
+    def tokens(self, case: Case) -> list[Tokens]:
+        """Those of the case's windows, in order."""
+        own = {window: tokens for (key, window), tokens in self._found.items() if key == case.key}
+        return [own[window] for window in sorted(own)]
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.save()
+
+    def save(self) -> None:
+        """Write the file, whole or not at all. Raises ConfigError if it cannot be written."""
+        if self._path is None or not self._found:
+            return
+        from safetensors.torch import save
+
+        cases = sorted({key for key, _ in self._found})
+        tensors = {
+            f"{cases.index(key)}.{window}.{field.name}": getattr(tokens, field.name).contiguous()
+            for (key, window), tokens in self._found.items()
+            for field in fields(Tokens)
+        }
+        metadata = {"format": FORMAT, "format_version": VERSION, "cases": json.dumps(cases)} | self._facts
+        part = self._path.with_name(f".{self._path.name}.part")
+        try:
+            part.write_bytes(save(tensors, metadata))
+            part.replace(self._path)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink()
+            raise ConfigError(f"{self._path} cannot be written ({error}): give another file") from error
+        self._saved = time.monotonic()
+
+    def _load(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(self._path), "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{self._path} cannot be read ({error}): remove it to begin anew") from error
+        if (metadata.get("format"), metadata.get("format_version")) != (FORMAT, VERSION):
+            raise ConfigError(f"{self._path} holds no evaluation of this version: give another file, or remove it")
+        for name, value in self._facts.items():
+            if metadata.get(name) != value:
+                raise ConfigError(
+                    f"{self._path} is of another evaluation: its {name} is {metadata.get(name)!r}, now {value!r}; give "
+                    "another file, or remove it to begin anew"
+                )
+        cases = json.loads(metadata["cases"])
+        for key in {name.rpartition(".")[0] for name in tensors}:
+            index, window = map(int, key.split("."))
+            self._found[cases[index], window] = Tokens(*(tensors[f"{key}.{field.name}"] for field in fields(Tokens)))

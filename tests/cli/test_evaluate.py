@@ -1,0 +1,104 @@
+"""The command as a user gives it, on the bundled model and text."""
+
+import json
+import math
+
+import pytest
+
+from megatron_lowbit.__main__ import main
+from megatron_lowbit.plan_file import Plan
+
+FAST = ["--windows", "2", "--window-length", "64", "--dtype", "fp32"]
+SITES = [f"layers.{i}.{kind}" for i in range(6) for kind in ("attention", "mlp")]
+
+
+def evaluate(*argv: str) -> int:
+    return main(["evaluate", *FAST, *argv])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    plan = Plan(dict.fromkeys(SITES, "exact") | {"layers.0.mlp": "int2:g32:sym"}, tp=2)
+    plan.save(folder / "plan.json")
+    argv = ["--tp", "2,4", "--comm", "int8:g128", "int2:g32:sym", "--comm-plan", str(folder / "plan.json")]
+    argv += ["--json", str(folder / "all.json"), "--progress", str(folder / "progress.safetensors")]
+    assert evaluate(*argv) == 0
+    return folder, argv, json.loads((folder / "all.json").read_text())
+
+
+def test_the_json_is_as_documented(results):
+    found = results[2]
+    assert found["model"] == "model" and found["text"] == "sample_text.txt" and len(found["tensors"]) > 10
+    cases = [(row["spec"], row["tp"], row["algorithm"]) for row in found["rows"]]
+    assert cases == [
+        ("int8:g128", 2, "one-shot"), ("int2:g32:sym", 2, "one-shot"), ("int8:g128", 4, "two-step"),
+        ("int2:g32:sym", 4, "two-step"), ("plan", 2, "one-shot"),
+    ]  # fmt: skip
+    for row in found["rows"]:
+        assert row["windows"] == 2 and row["tokens"] == 126 and row["perplexity_exact"] > 1
+        assert row["loss"] == pytest.approx(row["perplexity"] / row["perplexity_exact"] - 1, abs=1e-9)
+        low, high = row["loss_interval"]
+        assert low <= row["loss"] <= high and row["kl_p99"] >= row["kl_mean"] > 0
+    assert {row["perplexity_exact"] for row in found["rows"]} == {found["rows"][0]["perplexity_exact"]}
+
+
+def test_a_bad_spec_is_reported_as_bad(results):
+    good, bad, _, bad4, planned = results[2]["rows"]
+    assert good["kl_mean"] < 0.001 and good["top1_agreement"] > 0.97 and good["bits_per_value"] == 8.25
+    assert bad["kl_mean"] > 50 * good["kl_mean"] and bad4["kl_mean"] > bad["kl_mean"]
+    assert good["kl_mean"] < planned["kl_mean"] < bad["kl_mean"]
+    assert planned["bits_per_value"] == pytest.approx((11 * 16 + 2.5) / 12)
+
+
+def test_goes_on_where_it_stopped(results, monkeypatch):
+    folder, argv, found = results
+    monkeypatch.setattr("megatron_lowbit.evaluation.run.compare", None)  # nothing is left to do
+    argv = [str(folder / "again.json") if arg.endswith("all.json") else arg for arg in argv]
+    assert evaluate(*argv) == 0
+    again = json.loads((folder / "again.json").read_text())
+    assert again["rows"] == found["rows"]
+
+
+def test_the_gate(results, capsys):
+    folder, argv, _ = results
+    baseline = ["--baseline", str(folder / "all.json"), "--fail-above", "0.1%"]
+    assert evaluate(*argv, *baseline) == 0
+    assert evaluate(*argv, "--fail-above", "1%") == 3
+    assert "too much worse: int2:g32:sym, TP 4: perplexity +" in capsys.readouterr().out
+
+
+def test_calibrates_on_another_text(tmp_path):
+    text = tmp_path / "other.txt"
+    text.write_text("It was the best of houses, and the rain fell upon its roof for many a day. " * 60)
+    path = tmp_path / "result.json"
+    argv = ["--tp", "2", "--comm", "selective4", "--calibration-text", str(text), "--json", str(path)]
+    assert evaluate(*argv) == 0
+    row = json.loads(path.read_text())["rows"][0]
+    assert row["spec"].startswith("selective4") and math.isfinite(row["kl_mean"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--tp", "1"], "--tp has 1"),
+        (["--tp", "3"], "TP=3 does not divide the 256 features that enter layers.0.attention"),
+        (["--comm", "int9"], "int9"),
+        (["--comm", "exact"], "compared with anyway"),
+        (["--comm", "selective4"], "needs a calibration at TP 2"),
+        (["--comm-algorithm", "ring"], "'ring'"),
+        (["--windows", "9999"], "and 9999 windows of 64 need"),
+        (["--window-length", "9999"], "give at most 512"),
+        (["--stride", "65"], "the stride is 65"),
+        (["--model", "nowhere"], "nowhere does not exist"),
+        (["--baseline", "x.json"], "give that too"),
+        (["--baseline", "x.json", "--fail-above", "1%"], "is no --json of evaluate"),
+        (["--json", "/nowhere/x.json"], "there is no folder"),
+        (["--comm-plan", "none.json"], "there is no plan file"),
+        (["--comm-sites", "nothing.*"], "selects none of"),
+    ],
+)
+def test_refuses(argv, message, capsys):
+    assert evaluate(*argv) == 2
+    error = capsys.readouterr().err
+    assert "error: " in error and message in error and "Traceback" not in error
