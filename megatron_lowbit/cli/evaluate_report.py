@@ -50,6 +50,10 @@ def show(
     if job.json:
         text = json.dumps(dict(facts) | _made() | {"rows": list(rows), "tensors": dict(digests)}, indent=1)
         job.json.write_text(text + "\n", encoding="utf-8")
+    if job.plot:
+        from ..evaluation.plot import plot
+
+        plot(rows, f"{facts['model']} on {facts['text']}", job.plot)
     failures = gate.failures(rows) if gate else []
     for failure in failures:
         console.print(f"[red]too much worse:[/] {failure}", soft_wrap=True)

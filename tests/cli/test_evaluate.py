@@ -22,6 +22,7 @@ def results(tmp_path_factory):
     plan = Plan(dict.fromkeys(SITES, "exact") | {"layers.0.mlp": "int2:g32:sym"}, tp=2)
     plan.save(folder / "plan.json")
     argv = ["--tp", "2,4", "--comm", "int8:g128", "int2:g32:sym", "--comm-plan", str(folder / "plan.json")]
+    argv += ["--plot", str(folder / "all.png")]
     argv += ["--json", str(folder / "all.json"), "--progress", str(folder / "progress.safetensors")]
     assert evaluate(*argv) == 0
     return folder, argv, json.loads((folder / "all.json").read_text())
@@ -40,6 +41,7 @@ def test_the_json_is_as_documented(results):
         assert row["loss"] == pytest.approx(row["perplexity"] / row["perplexity_exact"] - 1, abs=1e-9)
         low, high = row["loss_interval"]
         assert low <= row["loss"] <= high and row["kl_p99"] >= row["kl_mean"] > 0
+    assert (results[0] / "all.png").read_bytes().startswith(b"\x89PNG")
     assert {row["perplexity_exact"] for row in found["rows"]} == {found["rows"][0]["perplexity_exact"]}
 
 
