@@ -102,13 +102,14 @@ def _split_experts(site: str, experts: torch.nn.Module, tp: int, reduce: Reduce)
     """Experts as Transformers has them: gate_up_proj [experts, gate and up, hidden], down_proj [experts, hidden, up]"""
     gates, ups = (half.chunk(tp, dim=1) for half in experts.gate_up_proj.chunk(2, dim=1))
     downs, whole = experts.down_proj.chunk(tp, dim=2), type(experts).forward
-    parts = [
-        {"gate_up_proj": torch.cat(pair, dim=1), "down_proj": down.contiguous()}
-        for *pair, down in zip(gates, ups, downs, strict=True)
-    ]
+
+    def partial(rank: int, x: torch.Tensor, *chosen: torch.Tensor) -> torch.Tensor:
+        # Copied anew each time: kept, they would be all experts' weights once more.
+        weights = {"gate_up_proj": torch.cat([gates[rank], ups[rank]], dim=1), "down_proj": downs[rank].contiguous()}
+        return whole(_Cut(experts, weights), x, *chosen)
 
     def forward(x: torch.Tensor, *chosen: torch.Tensor) -> torch.Tensor:
-        return reduce(site, [whole(_Cut(experts, part), x, *chosen) for part in parts])
+        return reduce(site, [partial(rank, x, *chosen) for rank in range(tp)])
 
     return forward
 

@@ -34,6 +34,7 @@ def plot(rows: Sequence[Mapping[str, Any]], title: str, path: str | Path) -> Non
     right.set_yscale("log")
     for axis in (left, right):
         axis.set_xlabel("bits per value")
+        axis.margins(x=0.15)  # for the names of the points
     figure.suptitle(title)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
     FigureCanvasAgg(figure).print_png(str(path))
