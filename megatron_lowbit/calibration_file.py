@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -27,6 +26,7 @@ from types import MappingProxyType
 
 import torch
 
+from . import whole_file
 from .codecs.statistics import Statistics
 from .errors import ConfigError
 from .ranges import Ranges, check_fraction, kind, outlier_count
@@ -175,17 +175,7 @@ class Calibration:
         metadata["algorithm"] = self.metadata.get("algorithm", "auto") if self.has_sums else "one-shot"
         metadata |= {"tp": str(self.tp), "fraction": str(self.fraction), "sites": json.dumps(self.sites)}
         metadata |= {"format": FORMAT, "format_version": str(VERSION)}
-        path = Path(path)
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path} is a folder or a device: give the name of a file")
-        part = path.with_name(f".{path.name}.part")
-        try:
-            part.write_bytes(_safetensors().torch.save(self._tensors(), metadata))
-            part.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                part.unlink()
-            raise ConfigError(f"calibration {path} cannot be written ({error}): give another file") from error
+        whole_file.write(path, _safetensors().torch.save(self._tensors(), metadata), "calibration")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Calibration:

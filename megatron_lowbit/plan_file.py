@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from . import spec as _spec
+from . import whole_file
 from .errors import ConfigError
 
 FORMAT, VERSION = "megatron_lowbit.plan", 1
@@ -99,17 +99,7 @@ class Plan:
         made = {"megatron_lowbit": __version__, "date": datetime.date.today().isoformat()}
         facts = {"format": FORMAT, "format_version": VERSION, "tp": self.tp, "algorithm": self.algorithm}
         text = json.dumps(facts | made | dict(self.metadata) | {"sites": dict(self.sites)}, indent=2) + "\n"
-        path = Path(path)
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path} is a folder or a device: give the name of a file")
-        part = path.with_name(f".{path.name}.part")
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                part.unlink()
-            raise ConfigError(f"plan {path} cannot be written ({error}): give another file") from error
+        whole_file.write(path, text.encode(), "plan")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Plan:

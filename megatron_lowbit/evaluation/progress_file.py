@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
+from .. import whole_file
 from ..errors import ConfigError
 from .cases import Case
 from .metrics import Tokens
@@ -65,14 +65,7 @@ class Progress:
             for field in fields(Tokens)
         }
         metadata = {"format": FORMAT, "format_version": VERSION, "cases": json.dumps(cases)} | self._facts
-        part = self._path.with_name(f".{self._path.name}.part")
-        try:
-            part.write_bytes(save(tensors, metadata))
-            part.replace(self._path)
-        except OSError as error:
-            with suppress(OSError):
-                part.unlink()
-            raise ConfigError(f"{self._path} cannot be written ({error}): give another file") from error
+        whole_file.write(self._path, save(tensors, metadata), "progress")
         self._saved = time.monotonic()
 
     def _load(self) -> None:
