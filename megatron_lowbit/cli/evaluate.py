@@ -36,7 +36,7 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `evaluate`."""
     what = parser.add_argument_group("model and text")
-    add_model_arguments(what)
+    add_model_arguments(what, engine=False)  # Transformers computes what any engine's ranks would
     what.add_argument("--dtype", choices=DTYPES, default="auto", help="to compute in (default: the checkpoint's)")
     what.add_argument("--text", type=Path, metavar="FILE", help="text to predict (default: the bundled one)")
     what.add_argument("--windows", type=int, metavar="N", help=f"of the text (default: what it has, at most {WINDOWS})")
@@ -111,7 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     job = check(arguments)
     text = read_text(job.text, "--text")
-    tokenizer = load_tokenizer(job.model, job.trust.remote_code)
+    with hushed():
+        tokenizer = load_tokenizer(job.model, job.trust.remote_code)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     windows = consecutive(ids, job.length, job.stride, job.windows, prefix=tokenizer("")["input_ids"])
     windows = windows[: job.windows or WINDOWS]

@@ -15,7 +15,7 @@ from ..evaluation.cases import Case
 from ..spec import parse
 from . import launch
 from .files import bundled, check_output
-from .job import DTYPES, EXACT, read_model
+from .job import DTYPES, EXACT, trust_of
 
 if TYPE_CHECKING:
     import torch
@@ -88,9 +88,12 @@ def check(arguments: argparse.Namespace) -> Job:
         from ..calibration.plot import check_installed
 
         check_installed()
-    check_framework("transformers")  # which computes what any engine's ranks would
+    check_framework("transformers")
+    from ..engines.hf_folder import read_folder
+
     model = bundled(arguments.model, "model", "--model DIR")
-    trust, facts = read_model(model, arguments, tp=1)
+    trust = trust_of(arguments)
+    facts = read_folder(model, trust)
     if not facts.scores:
         raise ConfigError(f"{model} is an encoder-decoder, and a text alone has no perplexity: use a causal model")
     import torch

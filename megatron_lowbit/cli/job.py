@@ -21,12 +21,14 @@ EXACT = "exact"
 DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def add_model_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the options that say which model, and how far to trust its folder."""
+def add_model_arguments(group: argparse._ArgumentGroup, engine: bool = True) -> None:
+    """Add the options that say which model, how far to trust its folder and, if it matters, which engine runs it."""
     group.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder (default: the bundled model)")
-    group.add_argument(
-        "--engine", default="megatron", help=f"framework that runs the model: {', '.join(ENGINES)} (default: megatron)"
-    )
+    if engine:
+        engines = ", ".join(ENGINES)
+        group.add_argument(
+            "--engine", default="megatron", help=f"framework that runs the model: {engines} (default: megatron)"
+        )
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run Python files that the folder brings for its model"
     )
@@ -170,12 +172,17 @@ def check(arguments: argparse.Namespace) -> Job:
     )
 
 
+def trust_of(arguments: argparse.Namespace) -> Trust:
+    """How far the user trusts the model's folder."""
+    from ..engines.model_facts import Trust
+
+    return Trust(arguments.trust_remote_code, arguments.allow_pickled_weights)
+
+
 def read_model(model: Path, arguments: argparse.Namespace, tp: int) -> tuple[Trust, ModelFacts]:
     """What the engine knows of a folder before it loads it, and how far it may trust it. Raises ModelError
     for a folder that it cannot run on `tp` ranks, ConfigError for options that it does not have."""
-    from ..engines.model_facts import Trust
-
-    trust = Trust(arguments.trust_remote_code, arguments.allow_pickled_weights)
+    trust = trust_of(arguments)
     facts = engine_class(arguments.engine).read(model, trust)
     facts.check_tensor_parallel(tp)
     return trust, facts

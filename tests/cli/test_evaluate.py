@@ -6,6 +6,7 @@ import math
 import pytest
 
 from megatron_lowbit.__main__ import main
+from megatron_lowbit.cli.files import BUNDLED
 from megatron_lowbit.plan_file import Plan
 
 FAST = ["--windows", "2", "--window-length", "64", "--dtype", "fp32"]
@@ -78,6 +79,21 @@ def test_calibrates_on_another_text(tmp_path):
     assert evaluate(*argv) == 0
     row = json.loads(path.read_text())["rows"][0]
     assert row["spec"].startswith("selective4") and math.isfinite(row["kl_mean"])
+
+
+def test_any_family_that_is_known(tmp_path):
+    """Not only Megatron's: no engine is asked."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    AutoTokenizer.from_pretrained(BUNDLED / "model").save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=4096, n_embd=64, n_layer=2, n_head=4, n_positions=128)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    path = tmp_path / "result.json"
+    assert evaluate("--model", str(tmp_path), "--comm", "int4:g32", "--json", str(path)) == 0
+    row = json.loads(path.read_text())["rows"][0]
+    assert row["bits_per_value"] == 5 and row["kl_mean"] > 1e-6 and row["bytes_per_token"] == 2 * 2 * 64 * 5 / 8
 
 
 @pytest.mark.parametrize(
