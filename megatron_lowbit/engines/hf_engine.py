@@ -7,6 +7,7 @@ generation_config.json changes nothing, samples are those of the Megatron engine
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -63,12 +64,13 @@ class HfEngine(TextModel):
         """What is known of a folder before it is loaded. Raises ModelError for what cannot be run."""
         return read_folder(folder, trust)
 
+    @abstractmethod
     def _shard(self, facts: HfFolder, dtype: torch.dtype | None) -> torch.nn.Module:
         """The loaded model, over `self.tp` ranks, on `self.device`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _enable(self, config: CommConfig) -> Any:
-        raise NotImplementedError
+        """The framework's patch, for `self.model`."""
 
     def enable(self, config: CommConfig) -> Any:
         """Sends this model's partial sums as `config` says, until the handle's `disable()`."""

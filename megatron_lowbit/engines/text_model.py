@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 
-class TextModel:
+class TextModel(ABC):
     """What an engine is made of, but for `generate` and `logits`, which its framework decides.
 
     `max_positions` is None for a model that takes texts of any length.
@@ -101,9 +102,9 @@ class TextModel:
                 total, count = total + nll.double().sum().item(), count + len(nll)
         return Perplexity(value=math.exp(total / count), nll=total / count, tokens=count)
 
+    @abstractmethod
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [batch, length] (int64) to logits [batch, length, vocabulary] in the model's dtype."""
-        raise NotImplementedError
 
 
 class Continuations:

@@ -39,6 +39,7 @@ def group_of(module: torch.nn.Module) -> object:
 
 
 def messages(module: torch.nn.Module, site: str, config: CommConfig) -> list[str]:
+    """The sites of what the module sums: none for an attention whose sum the MLP makes."""
     if _is(type(module), _EXPERTS):
         layer = site.rpartition(".")[0]
         return [f"{layer}.moe.experts"]

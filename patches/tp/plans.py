@@ -76,6 +76,7 @@ def check_loaded(model: torch.nn.Module) -> None:
 
 
 def no_plan(model: torch.nn.Module) -> str:
+    """What to say of a model that Transformers cannot shard by itself."""
     return (
         f"Transformers has no tensor-parallel plan for {type(model).__name__}: use DeepSpeed, which needs none "
         "(lowbit.patches.deepspeed.init_inference(model, tp_size, config)), or write one and pass it as "
