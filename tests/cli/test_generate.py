@@ -17,10 +17,12 @@ from megatron_lowbit.calibration_file import Calibration
 from megatron_lowbit.cli.files import BUNDLED
 from megatron_lowbit.cli.generate import agreement
 from megatron_lowbit.cli.job import DEFAULT_SPEC
+from megatron_lowbit.plan_file import Plan
 from tests import hf_folders
 from tests.calibrations import random_calibration
 
 COMMAND = [sys.executable, "-m", "megatron_lowbit", "generate"]
+PLANNED = {"attention": "int8:g128", "mlp": "exact"}
 SHORT = ["--max-new-tokens", "12", "--prompt", "The old house stood", "--prompt", "It was a cold morning"]
 
 
@@ -51,6 +53,30 @@ def test_compare_writes_the_documented_json(compared):
     for part in (result["exact"], result["compressed"]):
         assert len(part["texts"]) == 2 and all(text.strip() for text in part["texts"])
         assert 1 < part["perplexity"] < 1000 and part["seconds"] > 0
+
+
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed", "transformers"])
+def test_a_plan_holds_at_its_sites(engine, tmp_path):
+    """Attention in 8.25 bits of 16 and the MLP as it is: by the bytes, in every engine."""
+    sites = {f"layers.{i}.{kind}": spec for i in range(6) for kind, spec in PLANNED.items()}
+    Plan(sites, tp=2).save(tmp_path / "plan.json")
+    argv = ["--engine", engine, "--comm-plan", str(tmp_path / "plan.json"), "--json", str(tmp_path / "out.json")]
+    done = run(*argv, *SHORT)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["comm"] == "plan"
+    sent = result["compressed"]["bytes_sent"] / result["compressed"]["bytes_exact"]
+    assert sent == pytest.approx((8.25 / 16 + 1) / 2, abs=0.01)
+
+
+def test_a_plan_of_another_model_or_size_is_refused(tmp_path):
+    Plan({"layers.0.mlp": "int8"}, tp=2).save(tmp_path / "plan.json")
+    done = run("--comm-plan", str(tmp_path / "plan.json"), *SHORT)
+    assert done.returncode == 2 and "plan.json lacks layers.0.attention" in done.stderr
+    done = run("--tp", "4", "--comm-plan", str(tmp_path / "plan.json"), *SHORT)
+    assert done.returncode == 2 and "was made for TP 2, this group has 4 ranks" in done.stderr
+    done = run("--comm", "int8", "--comm-plan", str(tmp_path / "plan.json"), *SHORT)
+    assert done.returncode == 2 and "exclude each other" in done.stderr
 
 
 def test_the_default_spec_keeps_its_promise(compared):

@@ -9,6 +9,7 @@ import pytest
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.patches.megatron.arguments import OPTIONS, add_lowbit_args, config_from_args, enable_from_args
+from megatron_lowbit.plan_file import Plan
 from tests.calibrations import random_calibration
 from tests.ranks import run_ranks
 
@@ -89,6 +90,12 @@ def test_a_parser_can_be_used_again():
 def test_what_cannot_be_used_is_an_error(argv, message):
     with pytest.raises(lowbit.ConfigError, match=message):
         enable_from_args(parse(*argv))
+
+
+def test_a_plan_takes_the_place_of_a_spec(tmp_path):
+    Plan({"layers.0.mlp": "int8:g128"}, tp=2).save(tmp_path / "plan.json")
+    config = config_from_args(parse("--lowbit-comm-plan", str(tmp_path / "plan.json")))
+    assert config.spec == "plan" and str(config.legs_at("layers.0.mlp")) == "int8:g128"
 
 
 def test_arguments_parsed_without_the_flags_are_an_error():
