@@ -53,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--comm-plan", type=Path, action="append", metavar="FILE", help="a spec for each site; at its TP size"
     )
     comm.add_argument(
-        "--comm-algorithm", "--algorithm", metavar="NAME", default="auto", help=f"{', '.join(ALGORITHMS[:3])}"
+        "--comm-algorithm",
+        "--algorithm",
+        nargs="+",
+        metavar="NAME",
+        default=["auto"],
+        help=f"one or more of {', '.join(ALGORITHMS[:3])} (default: auto)",
     )
     comm.add_argument("--comm-sites", metavar="GLOB", action="append", help="compress these sites only")
     comm.add_argument(

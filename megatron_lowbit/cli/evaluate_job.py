@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ class Job:
     tps: tuple[int, ...]
     specs: tuple[str, ...]
     plans: tuple[Path, ...]
-    algorithm: str
+    algorithms: tuple[str, ...]
     sites: tuple[str, ...] | None
     calibrations: Mapping[int, Calibration]
     calibration_text: Path | None
@@ -52,24 +53,24 @@ class Job:
     fail_above: float | None
 
     def cases(self, calibrations: Mapping[int, Calibration]) -> list[Case]:
-        """All of them, TP by TP. Raises ConfigError for a spec whose calibration is missing."""
+        """All of them, TP by TP, each once. Raises ConfigError for a spec whose calibration is missing."""
         found = []
-        for tp in self.tps:
-            for spec in self.specs:
-                calibration = calibrations.get(tp) if parse(spec).calibrated else None
-                found.append(Case(CommConfig(spec, self.algorithm, 0, self.sites, calibration=calibration), tp))
-        for plan in self.plans:
-            config = CommConfig(None, self.algorithm, 0, self.sites, plan=plan)
+        for tp, spec, algorithm in product(self.tps, self.specs, self.algorithms):
+            calibration = calibrations.get(tp) if parse(spec).calibrated else None
+            found.append(Case(CommConfig(spec, algorithm, 0, self.sites, calibration=calibration), tp))
+        for plan, algorithm in product(self.plans, self.algorithms):
+            config = CommConfig(None, algorithm, 0, self.sites, plan=plan)
             found.append(Case(config, config.planned.tp))
-        return found
+        return list({case.key: case for case in found}.values())  # "auto" may be what was also named
 
 
 def check(arguments: argparse.Namespace) -> Job:
     """Arguments -> Job. Raises ConfigError or ModelError for anything that can be known before a model is loaded."""
     if (launch.world_size() or 1) > 1:
         raise ConfigError("evaluate simulates all ranks in one process: start it without torchrun")
-    if arguments.comm_algorithm not in ALGORITHMS or arguments.comm_algorithm == EXACT:
-        raise ConfigError(f"--comm-algorithm is {arguments.comm_algorithm!r}: use one of {', '.join(ALGORITHMS[:3])}")
+    for algorithm in arguments.comm_algorithm:
+        if algorithm not in ALGORITHMS or algorithm == EXACT:
+            raise ConfigError(f"--comm-algorithm is {algorithm!r}: use one of {', '.join(ALGORITHMS[:3])}")
     plans = tuple(arguments.comm_plan or ())
     specs = arguments.comm or ([] if plans else [DEFAULT_SPEC])
     if EXACT in specs:
@@ -114,7 +115,7 @@ def check(arguments: argparse.Namespace) -> Job:
         tuple(arguments.tp),
         specs,
         plans,
-        arguments.comm_algorithm,
+        tuple(arguments.comm_algorithm),
         arguments.comm_sites and tuple(arguments.comm_sites),
         _calibrations(arguments),
         arguments.calibration_text,
