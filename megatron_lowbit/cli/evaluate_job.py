@@ -7,45 +7,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..calibration_file import Calibration
 from ..config import ALGORITHMS, DEFAULT_SPEC, CommConfig
-from ..engines.registry import check_framework
 from ..errors import ConfigError
 from ..evaluation.cases import Case
 from ..spec import parse
 from . import launch
-from .files import bundled, check_output
-from .job import DTYPES, EXACT, trust_of
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..calibration_file import Calibration
-    from ..engines.model_facts import ModelFacts, Trust
-
-LENGTH = 512  # of a window, at most
+from .calibrations import Calibrations
+from .files import check_output
+from .job import EXACT
+from .subject import Subject
 
 
 @dataclass(frozen=True)
 class Job:
     """The checked arguments."""
 
-    model: Path
-    facts: ModelFacts
-    trust: Trust
-    dtype: torch.dtype | None
-    text: Path
-    windows: int | None
-    length: int
-    stride: int | None
+    subject: Subject
     tps: tuple[int, ...]
     specs: tuple[str, ...]
     plans: tuple[Path, ...]
     algorithms: tuple[str, ...]
     sites: tuple[str, ...] | None
-    calibrations: Mapping[int, Calibration]
-    calibration_text: Path | None
+    calibrations: Calibrations
     json: Path | None
     plot: Path | None
     progress: Path | None
@@ -81,71 +66,23 @@ def check(arguments: argparse.Namespace) -> Job:
             raise ConfigError(f"--tp has {tp}: give 2 or more ranks, as fewer have nothing to communicate")
     for name in ("json", "plot", "progress"):
         check_output(getattr(arguments, name), f"--{name}")
-    if arguments.windows is not None and arguments.windows < 1:
-        raise ConfigError(f"--windows is {arguments.windows}: give 1 or more")
     if arguments.baseline and arguments.fail_above is None:
         raise ConfigError("--baseline compares for --fail-above: give that too, such as --fail-above 0.5%")
     if arguments.plot:
         from ..calibration.plot import check_installed
 
         check_installed()
-    check_framework("transformers")
-    from ..engines.hf_folder import read_folder
-
-    model = bundled(arguments.model, "model", "--model DIR")
-    trust = trust_of(arguments)
-    facts = read_folder(model, trust)
-    if not facts.scores:
-        raise ConfigError(f"{model} is an encoder-decoder, and a text alone has no perplexity: use a causal model")
-    import torch
-
-    positions, length = facts.max_positions, arguments.window_length
-    length = min(LENGTH, positions or LENGTH) if length is None else length
-    if positions is not None and length > positions:
-        raise ConfigError(f"--window-length is {length}: give at most {positions} tokens, the model's positions")
     return Job(
-        model,
-        facts,
-        trust,
-        DTYPES[arguments.dtype] and getattr(torch, DTYPES[arguments.dtype]),
-        arguments.text or bundled(None, "sample_text.txt", "--text FILE"),
-        arguments.windows,
-        length,
-        arguments.stride,
+        Subject.check(arguments),
         tuple(arguments.tp),
         specs,
         plans,
         tuple(arguments.comm_algorithm),
         arguments.comm_sites and tuple(arguments.comm_sites),
-        _calibrations(arguments),
-        arguments.calibration_text,
+        Calibrations.check(arguments, specs, arguments.tp, bool(plans)),
         arguments.json,
         arguments.plot,
         arguments.progress,
         arguments.baseline,
         arguments.fail_above,
     )
-
-
-def _calibrations(arguments: argparse.Namespace) -> dict[int, Calibration]:
-    """TP size -> what was calibrated for it. Raises ConfigError for what is missing, twice there or of no use."""
-    from ..calibration_file import Calibration
-
-    found: dict[int, Calibration] = {}
-    for path in arguments.comm_calibration or ():
-        calibration = Calibration.load(path)
-        if calibration.tp in found:
-            raise ConfigError(f"--comm-calibration has two files for TP {calibration.tp}: give one")
-        found[calibration.tp] = calibration
-    needing = [spec for spec in arguments.comm or () if parse(spec).calibrated]
-    text = arguments.calibration_text
-    if found and text:
-        raise ConfigError("--comm-calibration and --calibration-text exclude each other: give one of them")
-    if (found or text) and not (needing or arguments.comm_plan):
-        raise ConfigError("no --comm makes use of a calibration: leave it out, or add a spec such as selective4")
-    if needing and not text and (missing := [tp for tp in arguments.tp if tp not in found]):
-        raise ConfigError(
-            f"{needing[0]} needs a calibration at TP {missing[0]}: give --comm-calibration FILE, which calibrate "
-            "writes, or --calibration-text FILE to make all that are needed"
-        )
-    return found

@@ -17,7 +17,7 @@ from ..evaluation.gate import Gate
 from ..evaluation.metrics import Tokens, summary
 
 if TYPE_CHECKING:
-    from .evaluate import Job
+    from .evaluate_job import Job
 
 GATE_FAILED = 3  # exit code
 
@@ -41,14 +41,13 @@ def rows(found: Mapping[Case, Sequence[Tokens]], features: Mapping[str, int]) ->
     ]
 
 
-def show(
-    job: Job, facts: Mapping[str, str], digests: Mapping[str, str], rows: Sequence[dict], gate: Gate | None
-) -> int:
+def show(job: Job, rows: Sequence[dict], gate: Gate | None) -> int:
     """Print the table, write what was asked for -> the exit code."""
+    facts = job.subject.facts
     console = Console(highlight=False, emoji=False)
     console.print(_table(facts, rows))
     if job.json:
-        text = json.dumps(dict(facts) | _made() | {"rows": list(rows), "tensors": dict(digests)}, indent=1)
+        text = json.dumps(facts | made() | {"rows": list(rows), "tensors": job.subject.digests}, indent=1)
         job.json.write_text(text + "\n", encoding="utf-8")
     if job.plot:
         from ..evaluation.plot import plot
@@ -60,7 +59,8 @@ def show(
     return GATE_FAILED if failures else 0
 
 
-def _made() -> dict[str, str]:
+def made() -> dict[str, str]:
+    """By which versions, and when."""
     import torch
 
     from .. import __version__

@@ -1,0 +1,81 @@
+"""Calibrations for the specs that need one: read from files, or made at once from another text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..calibration_file import Calibration
+from ..errors import ConfigError
+from ..spec import parse
+from .files import read_text
+from .subject import Subject
+
+
+def add_arguments(parser: argparse._ArgumentGroup) -> None:
+    """Add --comm-calibration and --calibration-text."""
+    parser.add_argument(
+        "--comm-calibration",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="for specs that need one; one for each TP",
+    )
+    parser.add_argument(
+        "--calibration-text", type=Path, metavar="FILE", help="or another text, to calibrate with at once"
+    )
+
+
+@dataclass(frozen=True)
+class Calibrations:
+    """The checked arguments. loaded: TP size -> what was calibrated for it."""
+
+    loaded: dict[int, Calibration]
+    text: Path | None
+
+    @classmethod
+    def check(
+        cls, arguments: argparse.Namespace, specs: Sequence[str], tps: Sequence[int], plans: bool
+    ) -> Calibrations:
+        """Raises ConfigError for what is missing, twice there or of no use. plans: whether there are any, too."""
+        found: dict[int, Calibration] = {}
+        for path in arguments.comm_calibration or ():
+            calibration = Calibration.load(path)
+            if calibration.tp in found:
+                raise ConfigError(f"--comm-calibration has two files for TP {calibration.tp}: give one")
+            found[calibration.tp] = calibration
+        needing = [spec for spec in specs if parse(spec).calibrated]
+        text = arguments.calibration_text
+        if found and text:
+            raise ConfigError("--comm-calibration and --calibration-text exclude each other: give one of them")
+        if (found or text) and not (needing or plans):
+            raise ConfigError("no spec makes use of a calibration: leave it out, or add a spec such as selective4")
+        if needing and not text and (missing := [tp for tp in tps if tp not in found]):
+            raise ConfigError(
+                f"{needing[0]} needs a calibration at TP {missing[0]}: give --comm-calibration FILE, which calibrate "
+                "writes, or --calibration-text FILE to make all that are needed"
+            )
+        return cls(found, text)
+
+    def made(self, subject: Subject, tps: Sequence[int]) -> dict[int, Calibration]:
+        """TP size -> calibration; from the text, if one was given, which must not be the one that is predicted."""
+        if self.text is None:
+            return self.loaded
+        from ..calibration.collect import RangeTracker, watch
+        from ..calibration.windows import draw
+        from .calibrate import SAMPLES, SEQUENCE_LENGTH
+
+        other = read_text(self.text, "--calibration-text")
+        if other == subject.text:
+            raise ConfigError(
+                "--calibration-text is the text that is predicted: give another, or results would flatter"
+            )
+        length, model, found = min(SEQUENCE_LENGTH, subject.length), subject.model, {}
+        windows = draw(subject.tokens(other), SAMPLES, length, seed=0, prefix=subject.prefix).to(model.device)
+        for tp in tps:
+            tracker = RangeTracker()
+            watch(model, windows, tp, tracker)
+            found[tp] = tracker.finish()
+        return found

@@ -1,0 +1,142 @@
+"""What is evaluated: a model and a text, shared by all commands that compare predictions."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..engines.registry import check_framework
+from ..errors import ConfigError, ModelError
+from .files import bundled, read_text
+from .job import DTYPES, add_model_arguments, trust_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..engines.hf_folder import HfFolder
+    from ..evaluation.windows import Window
+
+LENGTH = 512  # of a window, at most
+WINDOWS = 64  # of the text, at most
+
+
+def add_arguments(parser: argparse.ArgumentParser, windows: int = WINDOWS) -> None:
+    """Add the options of the model and the text. windows: at most so many of it, unless asked for."""
+    what = parser.add_argument_group("model and text")
+    add_model_arguments(what, engine=False)  # Transformers computes what any engine's ranks would
+    what.add_argument("--dtype", choices=DTYPES, default="auto", help="to compute in (default: the checkpoint's)")
+    what.add_argument("--text", type=Path, metavar="FILE", help="text to predict (default: the bundled one)")
+    what.add_argument("--windows", type=int, metavar="N", help=f"of the text (default: what it has, at most {windows})")
+    what.add_argument(
+        "--window-length", type=int, metavar="N", help=f"tokens (default: {LENGTH}, or the model's positions if fewer)"
+    )
+    what.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: they do not overlap)")
+    what.set_defaults(most_windows=windows)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The checked arguments; what is read of them is read once."""
+
+    folder: HfFolder
+    dtype: torch.dtype | None
+    path: Path
+    count: int | None
+    most: int
+    length: int
+    stride: int | None
+
+    @classmethod
+    def check(cls, arguments: argparse.Namespace) -> Subject:
+        """Raises ConfigError or ModelError for anything that can be known before a model is loaded."""
+        if arguments.windows is not None and arguments.windows < 1:
+            raise ConfigError(f"--windows is {arguments.windows}: give 1 or more")
+        check_framework("transformers")
+        from ..engines.hf_folder import read_folder
+
+        model = bundled(arguments.model, "model", "--model DIR")
+        folder = read_folder(model, trust_of(arguments))
+        if not folder.scores:
+            raise ModelError(f"{model} is an encoder-decoder, and a text alone has no perplexity: use a causal model")
+        import torch
+
+        positions, length = folder.max_positions, arguments.window_length
+        length = min(LENGTH, positions or LENGTH) if length is None else length
+        if positions is not None and length > positions:
+            raise ConfigError(f"--window-length is {length}: give at most {positions} tokens, the model's positions")
+        dtype = DTYPES[arguments.dtype] and getattr(torch, DTYPES[arguments.dtype])
+        path = arguments.text or bundled(None, "sample_text.txt", "--text FILE")
+        return cls(folder, dtype, path, arguments.windows, arguments.most_windows, length, arguments.stride)
+
+    @cached_property
+    def text(self) -> str:
+        return read_text(self.path, "--text")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from ..engines.hf_folder import hushed
+        from ..engines.text_model import load_tokenizer
+
+        with hushed():
+            return load_tokenizer(self.folder.folder, self.folder.trust.remote_code)
+
+    def tokens(self, text: str) -> list[int]:
+        """Without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    @property
+    def prefix(self) -> list[int]:
+        """What the tokenizer puts in front of every text."""
+        return self.tokenizer("")["input_ids"]
+
+    @cached_property
+    def windows(self) -> list[Window]:
+        """Raises ConfigError if the text has fewer than were asked for."""
+        from ..evaluation.windows import consecutive
+
+        found = consecutive(self.tokens(self.text), self.length, self.stride, self.count, self.prefix)
+        return found[: self.count or self.most]
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Tensor -> a short hash of its sample."""
+        from ..engines.fingerprint import tensor_digests
+
+        return tensor_digests(self.folder.folder)
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        """On the GPU, if there is one."""
+        import torch
+
+        from ..engines.hf_folder import hushed
+
+        with hushed():
+            model = self.folder.load(self.dtype)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    @cached_property
+    def features(self) -> dict[str, int]:
+        """Site -> the features of its messages."""
+        from ..engines.simulated_tp import features
+
+        return features(self.model)
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """What results depend on beside the case; names, never paths."""
+        from ..engines.fingerprint import fingerprint
+
+        return {
+            "model": self.folder.folder.resolve().name,
+            "fingerprint": fingerprint(self.folder.folder),
+            "text": self.path.name,
+            "text_sha256": hashlib.sha256(self.text.encode()).hexdigest(),
+            "window_length": str(self.length),
+            "stride": str(self.stride or self.length),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
