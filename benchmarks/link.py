@@ -1,0 +1,165 @@
+"""All-reduce on links of a chosen rate: exact against any specs, in turn, and against the wire's own time.
+
+Ranks run in network namespaces, one on each host, over gloo (shaped_network.py; needs root). Without root they run on
+loopback, which is said. Times are medians over repeats of the slowest rank's. `gate` is what a user gets who names
+nothing but a spec; every other row compresses whatever the size.
+
+    python benchmarks/link.py --rate-gbit 1 --ranks 2 --bytes 65536 8388608 --comm int4:g32 gauss4:g128
+    python benchmarks/link.py --rate-gbit 0.2 1 5 --ranks 2 4 --json benchmarks/results/link.json --plot docs/link.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import shaped_network
+import torch
+import torch.distributed as dist
+from common import save, show
+from rich.progress import Progress
+
+import megatron_lowbit as lowbit
+from megatron_lowbit.spec import parse
+
+FEATURES = 4096
+BYTES = [4 << 10, 64 << 10, 256 << 10, 1 << 20, 8 << 20]
+SPECS = ["int8:g128", "int4:g32", "gauss4:g128", "int2:g32"]
+EXACT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BASE = "bf16"  # what others are compared with
+WARM_UP = 2
+SECONDS = 900
+
+
+def worker(job: dict) -> None:
+    """One rank: every operation in turn, again and again; rank 0 prints the times of the slowest rank as JSON."""
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    torch.manual_seed(dist.get_rank())
+    rows = []
+    for nbytes in job["bytes"]:
+        values = nbytes // 2
+        x = torch.randn(max(values // FEATURES, 1), min(FEATURES, values)).bfloat16()
+        operations = {(name, "exact"): partial(exact, x.to(dtype)) for name, dtype in EXACT.items()}
+        for spec, algorithm in product(job["specs"], job["algorithms"]):
+            options = {} if algorithm == "gate" else {"algorithm": algorithm, "min_bytes": 0}
+            operations[spec, algorithm] = partial(lowbit.all_reduce, x, spec, **options)
+        rows += [row | {"bytes": nbytes} for row in measure(operations, x, job["repeats"])]
+    if dist.get_rank() == 0:
+        print(json.dumps(rows))
+    dist.barrier()
+
+
+def exact(x: torch.Tensor) -> None:
+    dist.all_reduce(x.clone())  # a copy, as everything else leaves its input as it is
+
+
+def measure(operations: dict, x: torch.Tensor, repeats: int) -> list[dict]:
+    taken, sent, paths = {key: [] for key in operations}, {}, {}
+    for repeat in range(WARM_UP + repeats):
+        for key, operation in operations.items():
+            lowbit.reset_stats()
+            dist.barrier()
+            start = time.perf_counter()
+            operation()
+            if repeat >= WARM_UP:
+                taken[key].append(time.perf_counter() - start)
+            for site in lowbit.stats().values():
+                sent[key], paths[key] = site["bytes_sent"], next(iter(site["paths"]))
+    seconds = torch.tensor([taken[key] for key in operations], dtype=torch.float64)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # a collective is over when the last rank has its result
+    world = dist.get_world_size()
+    rows = []
+    for (name, algorithm), times in zip(operations, seconds.tolist(), strict=True):
+        ring = x.numel() * EXACT.get(name, torch.bfloat16).itemsize * 2 * (world - 1) / world
+        rows.append({
+            "spec": name, "algorithm": algorithm, "path": paths.get((name, algorithm), "exact"),
+            "median_ms": 1e3 * statistics.median(times), "bytes_sent": sent.get((name, algorithm), ring),
+        })  # fmt: skip
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate-gbit", type=float, nargs="+", default=[1.0], help="of each rank's link")
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="added to every packet")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
+    parser.add_argument("--bytes", type=int, nargs="+", default=BYTES, help="of the bf16 message")
+    parser.add_argument("--comm", nargs="+", metavar="SPEC", default=SPECS)
+    parser.add_argument("--algorithm", nargs="+", default=["auto"], help="auto, one-shot, two-step, or gate")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(json.loads(arguments.worker))
+        return 0
+    specs = [str(parse(spec)) for spec in arguments.comm]
+    job = {
+        "bytes": arguments.bytes, "specs": specs, "algorithms": arguments.algorithm, "repeats": arguments.repeats
+    }  # fmt: skip
+    program = [os.path.abspath(__file__), "--worker", json.dumps(job)]
+    rows, rates = [], arguments.rate_gbit
+    try:
+        shaped_network.check()
+    except shaped_network.NetworkError as error:
+        print(f"{error}: measuring on loopback, which no rate limits", file=sys.stderr)
+        rates = [None]
+    try:
+        with Progress() as bar:
+            task = bar.add_task("links", total=len(rates) * len(arguments.ranks))
+            for rate in rates:
+                for ranks in arguments.ranks:
+                    rows += link(rate, ranks, arguments.delay_ms, program)
+                    bar.advance(task)
+    except shaped_network.NetworkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    report(rows)
+    save(arguments.json, rows, features=FEATURES, repeats=arguments.repeats, delay_ms=arguments.delay_ms)
+    if arguments.plot:
+        from link_plot import plot
+
+        plot(rows, arguments.plot)
+    return 0
+
+
+def link(rate: float | None, ranks: int, delay_ms: float, program: list[str]) -> list[dict]:
+    """The rows of one link and number of ranks. rate: Gbit/s, None: loopback."""
+    if rate is None:
+        found = json.loads(shaped_network.run_ranks(ranks, program, SECONDS))
+    else:
+        with shaped_network.shaped_network([ranks], rate, delay_ms=delay_ms) as hosts:
+            found = json.loads(shaped_network.run_ranks(hosts, program, SECONDS))
+    base = {row["bytes"]: row["median_ms"] for row in found if row["spec"] == BASE}
+    for row in found:
+        row |= {
+            "rate_gbit": rate, "ranks": ranks, "ratio_to_gloo_bf16": base[row["bytes"]] / row["median_ms"],
+            "wire_ms": row["bytes_sent"] * 8e-6 / rate if rate else None,
+        }  # fmt: skip
+    return found
+
+
+def report(rows: list[dict]) -> None:
+    show(
+        "all-reduce over gloo, median of the slowest rank; ratio: gloo's bf16 all-reduce against it",
+        ["Gbit/s", "ranks", "bytes", "spec", "algorithm", "path", "ms", "the wire's", "ratio"],
+        [
+            [f"{r['rate_gbit'] or 'loopback'}", str(r["ranks"]), f"{r['bytes']:,}", r["spec"], r["algorithm"],
+             r["path"], f"{r['median_ms']:.2f}", f"{r['wire_ms']:.2f}" if r["wire_ms"] else "",
+             f"{r['ratio_to_gloo_bf16']:.2f}x"]
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
