@@ -18,7 +18,7 @@ from . import policy, telemetry
 from .codecs import Codec, backend, plain
 from .codecs.base import check_tensor, rows_of
 from .codecs.fused import add_rmsnorm, check_norm
-from .collectives import all_gather, all_reduce, all_to_all, exchange, layout, reduce_scatter
+from .collectives import all_gather, all_reduce, all_to_all, exchange, layout, pipeline, reduce_scatter
 from .config import CommConfig
 from .errors import ConfigError, RankError
 
@@ -119,14 +119,16 @@ class Communicator:
                 else x.clone(memory_format=torch.contiguous_format)
             )
             sent = telemetry.ring_bytes(x.numel() * x.itemsize, self.world)
-        elif decision.algorithm == "one-shot":
-            codec = self._codec("scatter", site)
-            result = all_reduce.one_shot(x.contiguous(), codec, self.group, self._workspace)
-            sent = result.sent
         else:
-            codecs = self._codec("scatter", site), self._codec("gather", site)
-            result = all_reduce.two_step(x.contiguous(), *codecs, self.group, self._workspace)
-            sent = result.sent
+            legs = ("scatter",) if decision.algorithm == "one-shot" else ("scatter", "gather")
+            name = decision.algorithm.replace("-", "_")
+            arguments = x.contiguous(), *(self._codec(leg, site) for leg in legs)
+            if decision.chunks:
+                way = getattr(pipeline, name)
+                result, sent = way(*arguments, decision.chunks, self.group, self._workspace)
+            else:
+                result = getattr(all_reduce, name)(*arguments, self.group, self._workspace)
+                sent = result.sent
         self._count(x, site, decision, sent, telemetry.ring_bytes(2 * x.numel(), self.world))
         return result
 

@@ -12,13 +12,23 @@ MIN_BYTES: dict[str, tuple[int, str]] = {
     "cuda": (1 << 21, "not measured here: upper end of the 1-2 MB published for INT4 on MI300X, vLLM pull 19744"),
 }
 
+# Larger messages travel in chunks of about so many bytes (of the message, in its own dtype), from rank to rank; where
+# there is no entry, in one go by the backend's own collectives.
+CHUNK_BYTES: dict[str, tuple[int, str]] = {
+    "cpu": (1 << 21, "benchmarks/results/link.json: gloo, 0.2 to 5 Gbit/s, AMD EPYC with 2 cores, 2026-11-21"),
+}
+
 
 @dataclass(frozen=True)
 class Decision:
-    """algorithm: the path, such as "two-step" or "exact"; fallback: why exact although a codec is configured, if so."""
+    """algorithm: the path, such as "two-step" or "exact"; fallback: why exact although a codec is configured, if so.
+
+    chunks: how many parts overlap (collectives/pipeline.py); 0: the backend's own collectives.
+    """
 
     algorithm: str
     fallback: str | None = None
+    chunks: int = 0
 
 
 def choose(config: CommConfig, site: str, nbytes: int, world: int, device: str) -> Decision:
@@ -27,7 +37,12 @@ def choose(config: CommConfig, site: str, nbytes: int, world: int, device: str) 
         return exact
     if nbytes < minimum(config, device):
         return Decision("exact", "below min_bytes")
-    return Decision(resolved(config.algorithm, world))
+    return Decision(resolved(config.algorithm, world), chunks=chunks(nbytes, device))
+
+
+def chunks(nbytes: int, device: str) -> int:
+    """In how many parts a message travels."""
+    return max(1, round(nbytes / CHUNK_BYTES[device][0])) if device in CHUNK_BYTES else 0
 
 
 def resolved(algorithm: str, world: int) -> str:

@@ -26,6 +26,7 @@ from .exchange import Workspace, guarded
 from .layout import Shards, shard
 
 AHEAD = 2  # chunks on their way while an earlier one is waited for
+TAG = 0x10B17  # of our messages in a group, so that they are not taken for its user's
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,14 @@ class Transfers:
         self.sent += sum(wire.numel() for wire in sends.values())
         with guarded(self.group):
             if self._batched and ways:
-                operations = [dist.P2POp(way, wire, group=self.group, group_peer=rank) for way, rank, wire in ways]
+                operations = [
+                    dist.P2POp(way, wire, group=self.group, group_peer=rank, tag=TAG) for way, rank, wire in ways
+                ]
                 return dist.batch_isend_irecv(operations)
             works = {dist.irecv: [], dist.isend: self._sends}
             for way, rank, wire in ways:
                 peer = {"group_src": rank} if way is dist.irecv else {"group_dst": rank}
-                works[way].append(way(wire, group=self.group, **peer))
+                works[way].append(way(wire, group=self.group, tag=TAG, **peer))
         return works[dist.irecv]
 
     def wait(self, works: Sequence[dist.Work]) -> None:

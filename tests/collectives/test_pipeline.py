@@ -1,0 +1,100 @@
+"""Chunks change nothing: real ranks, the same bits as in one go and as the simulation, however a message is cut."""
+
+import pytest
+import torch
+
+import megatron_lowbit as lowbit
+from megatron_lowbit.collectives import all_reduce, pipeline
+from megatron_lowbit.collectives.exchange import Workspace
+from megatron_lowbit.collectives.layout import shard
+from megatron_lowbit.spec import parse
+from tests.ranks import run_ranks
+
+SPECS = [
+    "int4:g32",
+    "int5:g32/int8:g64",
+    "gauss4:g128",
+    "gauss3:g256",
+    "nvfp4",
+    "int4:g64:spike",
+    "gauss2:g128:trellis",
+]
+SHAPES = [(1, 64), (7, 128), (40, 256), (3, 5, 96)]
+COUNTS = (1, 2, 3, 8, 50)  # also more chunks than rows
+
+
+def partial(rank: int, shape) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(rank)).bfloat16()
+
+
+def _every_count(rank, world):
+    import torch.distributed as dist
+
+    group, workspace, found, sent = dist.group.WORLD, Workspace(), [], []
+    for spec in SPECS:
+        codecs = [lowbit.codec(str(leg)) for leg in (parse(spec).scatter, parse(spec).gather)]
+        for shape in SHAPES:
+            x = partial(rank, shape)
+            for name, legs in (("one_shot", codecs[:1]), ("two_step", codecs)):
+                in_one_go = getattr(all_reduce, name)(x, *legs, group, workspace)
+                found.append(in_one_go.result(x))
+                for count in COUNTS:
+                    result, nbytes = getattr(pipeline, name)(x, *legs, count, group, workspace)
+                    assert torch.equal(result, found[-1]), (spec, shape, name, count)
+                    if count == 1:
+                        sent.append([nbytes, in_one_go.sent])
+    return {"found": found, "sent": sent}
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_any_number_of_chunks_gives_the_bits_of_the_simulation(world):
+    ranks = run_ranks(world, _every_count)
+    results = iter(zip(*(rank["found"] for rank in ranks), strict=True))
+    for spec in SPECS:
+        for shape in SHAPES:
+            partials = [partial(rank, shape) for rank in range(world)]
+            for algorithm in ("one-shot", "two-step"):
+                expected = lowbit.simulate.all_reduce(partials, spec, algorithm)
+                assert all(torch.equal(result, expected) for result in next(results)), (spec, shape, algorithm)
+    for nbytes, in_one_go in ranks[0]["sent"]:
+        assert 0 < nbytes <= in_one_go  # all-gather wants one length of all ranks, transfers do not
+
+
+def _large(rank, world):
+    lowbit.reset_stats()
+    x = partial(rank, (1100, 4096))
+    result = lowbit.all_reduce(x, "int4:g32", min_bytes=0)
+    return {"result": result, "paths": lowbit.stats()["all_reduce"]["paths"]}
+
+
+def test_a_large_message_takes_the_way_that_users_get():
+    ranks = run_ranks(2, _large)
+    expected = lowbit.simulate.all_reduce([partial(rank, (1100, 4096)) for rank in range(2)], "int4:g32", "one-shot")
+    for rank in ranks:
+        assert torch.equal(rank["result"], expected) and rank["paths"] == {"one-shot": 1}
+
+
+def test_chunks_cover_every_shard_once():
+    codec = lowbit.codec("int4:g32")
+    for rows, world, count in ((1, 3, 4), (17, 4, 5), (64, 2, 64)):
+        shards = shard((rows, 96), (codec,), world)
+        chunks = pipeline.Chunks(shards, count)
+        taken = [row for rank in range(world) for chunk in range(count) for row in _range(chunks.rows(rank, chunk))]
+        assert taken == list(range(shards.rows))
+
+
+def _range(rows: slice) -> range:
+    return range(rows.start, rows.stop)
+
+
+def _unlike(rank, world):
+    x = partial(0, (64 * (1 + rank), 4096))
+    try:
+        lowbit.all_reduce(x, "int4:g32", min_bytes=0)
+    except lowbit.LowBitError as error:
+        return str(error)
+    return "no error"
+
+
+def test_another_shape_on_another_rank_is_an_error():
+    assert any("another shape" in said for said in run_ranks(2, _unlike, timeout=30))
