@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,13 @@ class Subject:
         dtype = DTYPES[arguments.dtype] and getattr(torch, DTYPES[arguments.dtype])
         path = arguments.text or bundled(None, "sample_text.txt", "--text FILE")
         return cls(folder, dtype, path, arguments.windows, arguments.most_windows, length, arguments.stride)
+
+    def reading(self, path: Path, count: int | None, most: int) -> Subject:
+        """The same model with other windows: of the text at `path`, `count` or at most `most`."""
+        other = replace(self, path=path, count=count, most=most)
+        same = ("model", "tokenizer", "features", "digests", *(("text",) if path == self.path else ()))
+        vars(other).update({name: vars(self)[name] for name in same if name in vars(self)})
+        return other
 
     @cached_property
     def text(self) -> str:
