@@ -84,6 +84,21 @@ def codecs() -> str:
     )
 
 
+def evaluating() -> str:
+    """One row per spec, one column per dtype and TP size."""
+    result = load("evaluating")
+    ratio = {(r["spec"], r["dtype"], r["tp"]): r["ratio"] for r in result["rows"]}
+    columns = list(dict.fromkeys((dtype, tp) for _, dtype, tp in ratio))
+    specs = dict.fromkeys(spec for spec, *_ in ratio)
+    lines = [[f"`{spec}`", *(f"{ratio[(spec, *column)]:.2f}×" for column in columns)] for spec in specs]
+    note = (
+        f"Time of one more spec as a multiple of a plain perplexity run; the bundled model, {result['windows']} "
+        f"windows of {result['length']} tokens, {result['threads']} thread; medians of ratios measured in turns, "
+        f"window by window, on a machine that others used too. {measured(result)}"
+    )
+    return markdown(["spec", *(f"{dtype}, TP {tp}" for dtype, tp in columns)], lines, note)
+
+
 def threshold() -> str:
     result = load("threshold")
     rows = [[f"{r['bytes']:,}", f"{r['exact_ms']:.3f}", f"{r['compressed_ms']:.3f}",
@@ -217,6 +232,7 @@ TABLES = {
     "accuracy-short": lambda: accuracy(["int8:g128", "int6:g64", "int4:g32", "int3:g32", "int2:g32:sym"]),
     "demo": demo,
     "codecs": codecs,
+    "evaluating": evaluating,
     "threshold": threshold,
     "calibration": calibration,
     "accuracy-codecs": lambda: accuracy(name="perplexity_codecs"),
