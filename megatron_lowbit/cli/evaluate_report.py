@@ -46,8 +46,12 @@ def show(job: Job, rows: Sequence[dict], gate: Gate | None) -> int:
     facts = job.subject.facts
     console = Console(highlight=False, emoji=False)
     console.print(_table(facts, rows))
+    notes = job.subject.notes(row["tp"] for row in rows)
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True)
     if job.json:
-        text = json.dumps(facts | made() | {"rows": list(rows), "tensors": job.subject.digests}, indent=1)
+        found = {"rows": list(rows), "notes": notes, "tensors": job.subject.digests}
+        text = json.dumps(facts | made() | found, indent=1)
         job.json.write_text(text + "\n", encoding="utf-8")
     if job.plot:
         from ..evaluation.plot import plot

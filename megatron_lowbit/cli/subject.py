@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -154,6 +155,16 @@ class Subject:
         from ..engines.simulated_tp import features
 
         return features(self.model)
+
+    def notes(self, tps: Iterable[int]) -> list[str]:
+        """What a reader of results at these TP sizes must know."""
+        uneven = {tp: self.folder.uneven_heads(tp) for tp in sorted(set(tps))}
+        return [
+            f"TP {tp} divides the features of every site, but not {heads}: no engine here runs it; what is said of it "
+            "is what such sums would lose"
+            for tp, heads in uneven.items()
+            if heads
+        ]
 
     @cached_property
     def facts(self) -> dict[str, str]:

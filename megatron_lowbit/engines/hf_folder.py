@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,11 +55,18 @@ class HfFolder:
         """Raises ModelError unless `tp` divides the heads and the features that the ranks share."""
         if tp > 1 and self.obstacle:
             raise ModelError(self.obstacle)
-        uneven = [f"{size} {what}" for what, size in self.sizes.items() if tp < 1 or size % tp]
+        uneven = self._uneven(tp, self.sizes)
         if uneven:
             common = math.gcd(*self.sizes.values())
             possible = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
             raise ModelError(f"TP={tp} does not divide {' and '.join(uneven)}; possible TP sizes: {possible}")
+
+    def uneven_heads(self, tp: int) -> str:
+        """Which heads `tp` ranks cannot share evenly, in words, or ""."""
+        return " and ".join(self._uneven(tp, [what for what in self.sizes if what.endswith("heads")]))
+
+    def _uneven(self, tp: int, names: Iterable[str]) -> list[str]:
+        return [f"{self.sizes[name]} {name}" for name in names if tp < 1 or self.sizes[name] % tp]
 
     def load(self, dtype: torch.dtype | None = None, **options: Any) -> torch.nn.Module:
         """The model in `dtype` (default: the checkpoint's), ready to run. Raises ModelError for what does not fit."""

@@ -9,6 +9,7 @@ lists the layers of each family.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,13 +53,10 @@ def _row_parallel(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 def simulated_tp(model: torch.nn.Module, tp: int, reduce: Reduce) -> Iterator[None]:
     """Within the context, `model` computes what `tp` ranks would that reduce their partial sums with `reduce`.
 
-    Raises ModelError if `tp` does not divide the input features of a layer.
+    Raises ModelError as `check_tp` does.
     """
     layers = _row_parallel(model)
-    for site, layer in layers:
-        entering = _features(layer)
-        if tp < 1 or entering % tp:
-            raise ModelError(f"TP={tp} does not divide the {entering} features that enter {site}; use another")
+    _check_tp(layers, tp)
     before = [vars(layer).get("forward") for _, layer in layers]
     try:
         for site, layer in layers:
@@ -70,6 +68,24 @@ def simulated_tp(model: torch.nn.Module, tp: int, reduce: Reduce) -> Iterator[No
             vars(layer).pop("forward", None)
             if forward is not None:
                 layer.forward = forward
+
+
+def check_tp(model: torch.nn.Module, tp: int) -> None:
+    """Raise ModelError naming the layer whose input features `tp` does not divide, and the sizes that divide all."""
+    _check_tp(_row_parallel(model), tp)
+
+
+def _check_tp(layers: list[tuple[str, torch.nn.Module]], tp: int) -> None:
+    for site, layer in layers:
+        entering = _features(layer)
+        if tp < 1 or entering % tp:
+            common = math.gcd(*(_features(layer) for _, layer in layers))
+            possible = [str(n) for n in range(2, common + 1) if common % n == 0]
+            more = f" … {possible[-1]}" if len(possible) > 8 else ""
+            raise ModelError(
+                f"TP={tp} does not divide the {entering} features that enter {site}; possible TP sizes: "
+                f"{', '.join(possible[:8]) or 'none'}{more}"
+            )
 
 
 def features(model: torch.nn.Module) -> dict[str, int]:
