@@ -227,6 +227,31 @@ def kernels_predicted() -> str:
     return markdown(["spec", *(operation.replace("_", "-") for operation in operations)], lines, note)
 
 
+def plan() -> str:
+    """Plans under their budgets, then each spec everywhere, by their bits."""
+    result = load("plan")
+    planned = sorted(
+        (r for r in result["rows"] if r["plan"]), key=lambda r: (r["plan"].split()[0], r["bits_per_value"])
+    )
+    uniform = sorted((r for r in result["rows"] if not r["plan"]), key=lambda r: r["bits_per_value"])
+    rows = []
+    for r in [*planned, *uniform]:
+        kind, _, value = (r["plan"] or "").partition(" ")
+        name = f"`{r['spec']}`" if not kind else f"**plan, at most {value}{' bits' if kind == 'bits' else ''}**"
+        predicted = f"{r['kl_predicted']:.5f}" if "kl_predicted" in r else ""
+        low, high = r["loss_interval"]
+        loss = f"{r['loss']:+.2%} ± {(high - low) / 2:.2%}"
+        kl = f"{r['kl_mean']:.5f} ± {r['kl_error']:.5f}"
+        rows.append([name, f"{r['bits_per_value']:.3f}", f"{r['bytes_per_token']:,.0f}", predicted, kl, loss])
+    held = result["rows"][0]
+    note = (
+        f"{held['windows']} held-out windows of {result['window_length']} tokens of `{result['text']}` (SHA-256 "
+        f"`{result['text_sha256'][:12]}…`); TP {result['tp']}, {result['algorithm']}, {result['dtype']}; KL divergence "
+        f"with its standard error, loss with half of its 95 % interval. {measured(result)}"
+    )
+    return markdown(["", "bits", "bytes per token", "KL predicted", "KL, nats", "perplexity"], rows, note)
+
+
 TABLES = {
     "accuracy": accuracy,
     "accuracy-short": lambda: accuracy(["int8:g128", "int6:g64", "int4:g32", "int3:g32", "int2:g32:sym"]),
@@ -239,6 +264,7 @@ TABLES = {
     "alternatives": alternatives,
     "kernels": kernels,
     "kernels-predicted": kernels_predicted,
+    "plan": plan,
     "quality": quality,
     "quality-model": quality_model,
     "quality-targets": quality_targets,
