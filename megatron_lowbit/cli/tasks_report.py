@@ -33,7 +33,7 @@ def rows(found: Mapping[str, Mapping[Case | None, Found]]) -> list[dict]:
         for runs in found.values()
         for task, metric, exact in _exact(runs)
         for case in runs
-        if case is not None
+        if case is not None and metric in runs[case].get(task, {})
     ]
 
 
@@ -47,7 +47,7 @@ def compared(exact: Scores, own: Scores) -> dict:
     """The part of a row that both runs make together, in the metric's own unit; None where nothing can be said, as of
     metrics that are no mean over questions."""
     row = {"exact": exact.value, "value": own.value, "change": own.value - exact.value}
-    if exact.each is None or own.each is None:
+    if exact.each is None or own.each is None or len(exact.each) != len(own.each):
         nothing = dict.fromkeys(("change_interval", "p_value", "samples", "unpaired"))
         return row | nothing | {"kind": OTHER}
     apart = unpaired(exact.each)

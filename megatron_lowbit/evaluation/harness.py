@@ -22,7 +22,7 @@ import torch
 
 from .. import simulate
 from ..engines.simulated_tp import simulated_tp
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, LowBitError, ModelError
 from . import local_tasks
 from .cases import Case
 
@@ -128,7 +128,7 @@ class Harness:
     def scores(self, tasks: dict[str, Any], limit: int | None, case: Case | None) -> Found:
         """Ask all questions of `load`ed tasks, the first `limit` of each. case: None for the model as it is.
 
-        Raises ModelError if logits are not finite, naming the site where it began.
+        Raises ModelError if logits are not finite, naming the site where it began, and if lm_eval fails.
         """
         from lm_eval.evaluator import evaluate
 
@@ -138,17 +138,21 @@ class Harness:
         broken: list[str] = []
         self._lm.broken = lambda: _where(broken, case)
         with simulated_tp(self._model, case.tp, _reduce(case, broken)) if case else nullcontext():
-            result = evaluate(
-                self._lm,
-                dict(tasks),
-                limit=limit,
-                bootstrap_iters=0,  # the errors it would give are not paired
-                log_samples=True,
-                confirm_run_unsafe_code=self._unsafe,
-            )
-        return {
-            name: dict(_metrics(task, result["results"][name], result["samples"][name])) for name, task in tasks.items()
-        }
+            try:
+                result = evaluate(
+                    self._lm,
+                    dict(tasks),
+                    limit=limit,
+                    bootstrap_iters=0,  # the errors it would give are not paired
+                    log_samples=True,
+                    confirm_run_unsafe_code=self._unsafe,
+                )
+            except LowBitError:
+                raise
+            except Exception as error:  # of a task's own code, of memory, of a prompt that does not fit
+                raise ModelError(f"lm_eval fails at {', '.join(tasks)} ({type(error).__name__}: {error})") from error
+        scores, samples = result["results"], result["samples"]
+        return {name: dict(_metrics(task, scores[name], samples[name])) for name, task in tasks.items()}
 
 
 def _lm_class() -> type:
@@ -191,17 +195,20 @@ def _metrics(task: Any, results: dict, samples: list[dict]) -> Iterator[tuple[st
     """From what lm_eval aggregated, as "metric,filter", and what it noted of each question."""
     for key, value in results.items():
         metric, _, chosen = key.partition(",")
-        if not chosen or metric.endswith("_stderr") or not isinstance(value, int | float):
+        if not chosen or metric.endswith("_stderr") or not _is_number(value):
             continue
         asked = sorted((one for one in samples if one["filter"] == chosen and metric in one), key=_number)
         each = [one[metric] for one in asked]
-        plain = all(isinstance(score, int | float) or getattr(score, "ndim", None) == 0 for score in each)
         aggregation = getattr(task.aggregation().get(metric), "__name__", "")
-        known = plain and aggregation in ("mean", "nanmean", "perplexity")
+        known = all(map(_is_number, each)) and aggregation in ("mean", "nanmean", "perplexity")
         yield (
             metric if chosen == "none" else key,
             Scores(float(value), [float(score) for score in each] if known else None, aggregation == "perplexity"),
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or getattr(value, "ndim", None) == 0  # numpy's too
 
 
 def _number(sample: dict) -> int:

@@ -146,6 +146,15 @@ def test_what_is_not_finite_is_said(asked, tasks, monkeypatch, subject):
         asked.scores(tasks, 1, None)
 
 
+def test_what_lm_eval_does_not_manage_is_said(asked, tasks, monkeypatch):
+    def fails(*arguments, **options):
+        raise KeyError("gold")
+
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", fails)
+    with pytest.raises(ModelError, match=r"lm_eval fails at local_cloze, local_choice \(KeyError: 'gold'\)"):
+        asked.scores(tasks, 1, None)
+
+
 def own_task(folder, name: str, **settings):
     """A task that generates, in a folder of its own -> lm_eval's manager."""
     from lm_eval.tasks import TaskManager
