@@ -30,7 +30,7 @@ class CommConfig:
     sites: glob patterns of the sites to compress, such as "layers.*.mlp"; None: all. Others go exact, and are counted.
     calibration: the file that `megatron-lowbit calibrate` wrote, or a Calibration; for codecs that need to know the
         values of a site (`outliers=`, selective4), and for those only. It is read when the configuration is made.
-    plan: in place of a spec a file that `plan_file.Plan.save` wrote, or a Plan: each site has its own spec there. A
+    plan: in place of a spec a file that `megatron-lowbit plan` wrote, or a Plan: each site has its own spec there. A
         site that it lacks is an error when it is used, unless `sites` leaves it out.
 
     Raises ConfigError naming the wrong value and what is allowed.
@@ -83,7 +83,9 @@ class CommConfig:
         if self.spec not in (None, PLANNED):
             raise ConfigError(f"spec {self.spec!r} and a plan exclude each other, as a plan has its own: give one")
         if not self.plan or not isinstance(self.plan, str | os.PathLike | Plan):
-            raise ConfigError(f"plan is {self.plan!r}: give the name of a plan file, or a Plan")
+            raise ConfigError(
+                f"plan is {self.plan!r}: give the name of a file that 'megatron-lowbit plan' wrote, or a Plan"
+            )
         return self.plan if isinstance(self.plan, Plan) else Plan.load(self.plan)
 
     def _load(self) -> Calibration:

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--baseline", type=Path, metavar="FILE", help="--json of an earlier run to compare with")
     out.add_argument(
         "--fail-above",
-        type=_percent,
+        type=percent,
         metavar="P%",
         help=f"end with {GATE_FAILED} if perplexity is higher by more: than the baseline's, or else than exact",
     )
@@ -64,7 +64,8 @@ def _sizes(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 2,4,8") from None
 
 
-def _percent(text: str) -> float:
+def percent(text: str) -> float:
+    """1% -> 0.01, for argparse."""
     try:
         return float(text.removesuffix("%")) / 100
     except ValueError:

@@ -91,10 +91,10 @@ class Tasks:
         names = tuple(dict.fromkeys(arguments.tasks))
         if arguments.tasks_text and not set(names) & set(local_tasks.TASKS):
             raise ConfigError(f"--tasks-text is for {' and '.join(local_tasks.TASKS)}: add one, or leave it out")
-        if subject.folder.kind.__name__ != "AutoModelForCausalLM":
+        if subject.folder.predicts != "next":
             raise ModelError(
-                f"--tasks asks models that continue a text, and {subject.folder.folder} holds none "
-                f"({subject.folder.kind.__name__}): leave it out"
+                f"--tasks asks models that continue a text token by token, and {subject.folder.folder} holds none: "
+                "leave it out"
             )
         harness.check_installed()
         return cls(
@@ -156,7 +156,7 @@ class Tasks:
         from rich.progress import Progress as Bar
 
         found = Answers(self.facts)
-        facts = {name: self.subject.facts[name] for name in ("fingerprint", "dtype")} | self.facts
+        facts = {name: self.subject.facts[name] for name in ("fingerprint", "dtype", "megatron_lowbit")} | self.facts
         file = TaskFile(progress and progress.with_name(progress.name + ".tasks.json"), facts)
         runs = [None, *cases]
         with (

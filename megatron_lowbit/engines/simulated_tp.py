@@ -18,7 +18,7 @@ from torch.nn.functional import linear as product
 
 from ..errors import ModelError
 from ..patches.hf.policies import POLICIES
-from ..patches.hf.sites import named
+from ..patches.hf.sites import half_found, named, policy_of
 
 Reduce = Callable[[str, list[torch.Tensor]], torch.Tensor]
 """(site, one partial sum [..., features] per rank, in rank order) -> their sum, of the same shape and dtype."""
@@ -28,7 +28,7 @@ def row_parallel(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Site -> the layer, or all experts of one, whose outputs are partial sums there, in the order of the modules.
 
     Where each expert is a layer of its own, as in Transformers 4, they share a site, and the last one stands for them.
-    Raises ModelError for a model without any.
+    Raises ModelError for a model without any, and for one of a family without a policy where they were half found.
     """
     return dict(_row_parallel(model))
 
@@ -39,6 +39,11 @@ def _row_parallel(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
         raise ModelError(
             f"{type(model).__name__} has no row-parallel layer of a name that is known: use a Transformers model of a "
             f"family in patches/hf/policies.py, such as {', '.join(POLICIES)}"
+        )
+    if policy_of(model) is None and (half := half_found(site for site, _ in layers)):
+        raise ModelError(
+            f"{type(model).__name__}: {half}, so the others would stay whole; add its model type to POLICIES of "
+            "patches/hf/policies.py"
         )
     return layers
 

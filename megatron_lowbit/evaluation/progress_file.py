@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -41,10 +41,10 @@ class Progress:
         if time.monotonic() - self._saved > SECONDS:
             self.save()
 
-    def tokens(self, case: Case) -> list[Tokens]:
-        """Those of the case's windows, in order."""
+    def tokens(self, case: Case, windows: Iterable[int] | None = None) -> list[Tokens]:
+        """Those of the case's windows, in order; windows: of these only, as far as they are there."""
         own = {window: tokens for (key, window), tokens in self._found.items() if key == case.key}
-        return [own[window] for window in sorted(own)]
+        return [own[window] for window in (sorted(own) if windows is None else windows) if window in own]
 
     def __enter__(self) -> Progress:
         return self

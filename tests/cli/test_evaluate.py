@@ -8,6 +8,7 @@ import pytest
 from megatron_lowbit.__main__ import main
 from megatron_lowbit.cli.files import BUNDLED
 from megatron_lowbit.plan_file import Plan
+from tests import hf_folders
 
 FAST = ["--windows", "2", "--window-length", "64", "--dtype", "fp32"]
 SITES = [f"layers.{i}.{kind}" for i in range(6) for kind in ("attention", "mlp")]
@@ -94,6 +95,62 @@ def test_any_family_that_is_known(tmp_path):
     assert evaluate("--model", str(tmp_path), "--comm", "int4:g32", "--json", str(path)) == 0
     row = json.loads(path.read_text())["rows"][0]
     assert row["bits_per_value"] == 5 and row["kl_mean"] > 1e-6 and row["bytes_per_token"] == 2 * 2 * 64 * 5 / 8
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_an_encoder_predicts_what_is_masked(name, tmp_path):
+    """Against the definition: windows of [CLS] … [SEP] with the same tokens masked, scored by Transformers alone."""
+    import torch
+    import transformers
+
+    folder, path, window = hf_folders.save(name, tmp_path / "model"), tmp_path / "result.json", 32
+    argv = ["--model", str(folder), "--window-length", str(window), "--comm", "int8:g32", "int2:g32:sym"]
+    assert evaluate(*argv, "--tp", "4", "--json", str(path)) == 0
+    found = json.loads(path.read_text())
+    assert found["predicts"] == "masked"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = tokenizer((BUNDLED / "sample_text.txt").read_text(), add_special_tokens=False)["input_ids"]
+    total, count = 0.0, 0
+    for number in range(2):
+        part = torch.tensor([2, *text[number * 30 : number * 30 + 30], 3])
+        possible = [i for i, token in enumerate(part.tolist()) if token > 4]
+        order = torch.randperm(len(possible), generator=torch.Generator().manual_seed(number))
+        chosen = [possible[i] for i in order[: round(0.15 * len(possible))]]
+        read = part.clone()
+        read[chosen] = tokenizer.mask_token_id
+        with torch.no_grad():
+            logits = model(read[None]).logits[0].log_softmax(-1)
+        total, count = total - sum(logits[at, part[at]].item() for at in chosen), count + len(chosen)
+    good, bad = found["rows"]
+    assert good["tokens"] == count and good["perplexity_exact"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert bad["kl_mean"] > 20 * good["kl_mean"] > 0
+
+
+def test_an_encoder_without_its_head(tmp_path, capsys):
+    import transformers
+
+    folder = hf_folders.save("bert", tmp_path / "model")
+    encoder = transformers.AutoModel.from_pretrained(folder)
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    encoder.save_pretrained(folder)
+    assert evaluate("--model", str(folder)) == 2
+    error = capsys.readouterr().err
+    assert "lacks cls.predictions" in error and "one with its masked-language-model head" in error
+
+
+def test_an_encoder_decoder_continues_what_it_reads(tmp_path):
+    folder, path = hf_folders.save("t5", tmp_path / "model"), tmp_path / "result.json"
+    argv = ["--model", str(folder), "--comm", "int8:g32", "int2:g32:sym", "--json", str(path)]
+    assert evaluate(*argv) == 0
+    found = json.loads(path.read_text())
+    good, bad = found["rows"]
+    assert found["predicts"] == "continued" and good["tokens"] == 2 * 32  # 63 and an end: 31 are read
+    assert bad["kl_mean"] > 20 * good["kl_mean"] > 0
+    only = ["--comm-sites", "encoder.layers.*", "--comm-sites", "layers.1.cross_attention"]
+    assert evaluate(*argv, *only) == 0
+    assert 0 < json.loads(path.read_text())["rows"][1]["kl_mean"] != bad["kl_mean"]
 
 
 @pytest.mark.parametrize(

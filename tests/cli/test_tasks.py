@@ -2,15 +2,13 @@
 
 import json
 import socket
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from megatron_lowbit.__main__ import main
-from megatron_lowbit.cli.tasks import OPTIONS, Tasks
-from megatron_lowbit.errors import ConfigError, ModelError
+from megatron_lowbit.errors import ConfigError
 from megatron_lowbit.evaluation import harness
+from tests import hf_folders
 
 FAST = ["--windows", "2", "--window-length", "64", "--dtype", "fp32", "--tp", "8"]
 LOCAL = ["--tasks", "local_cloze,local_choice", "--task-limit", "6"]
@@ -125,14 +123,9 @@ def test_refuses(argv, message, capsys, tmp_path):
     assert "error: " in error and message in error and "Traceback" not in error
 
 
-def stub(kind: str) -> SimpleNamespace:
-    return SimpleNamespace(folder=SimpleNamespace(folder=Path("bert"), kind=type(kind, (), {})))
-
-
-def test_refuses_models_that_continue_nothing():
-    arguments = SimpleNamespace(tasks=["local_cloze"], **OPTIONS)
-    with pytest.raises(ModelError, match="bert holds none"):
-        Tasks.check(arguments, stub("AutoModelForMaskedLM"))
+def test_refuses_models_that_continue_nothing(tmp_path, capsys):
+    assert evaluate("--model", str(hf_folders.save("bert", tmp_path / "model")), "--tasks", "local_cloze") == 2
+    assert "--tasks asks models that continue a text" in capsys.readouterr().err
 
 
 def test_says_what_is_not_installed(monkeypatch):
