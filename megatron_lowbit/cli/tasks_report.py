@@ -95,7 +95,7 @@ def _table(rows: Sequence[dict]) -> Table:
             f"{row['value'] / row['exact']:.1%}" if row["exact"] else "",
             difference(row["change"], row),
             f"{difference(interval[0], row)} … {difference(interval[1], row)}" if interval else "",
-            f"{p:.3f}" if p is not None else "",
+            "" if p is None else f"{p:.3f}" if p >= 0.0005 else "<0.001",
             end_section=after is not None and _of(after) != _of(row),
         )
     made.caption = (
