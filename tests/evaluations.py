@@ -70,8 +70,8 @@ def sensitivity(layers: int = 3) -> dict:
     kl = [0.001 * (1 + index) for index in range(len(sites))]
     found = [
         {"site": f"layers.{layer}.{kind}", "layer": layer, "kind": kind, "features": 64, "kl_mean": value,
-         "kl_error": 1e-5, "share": value / sum(kl), "sqnr_db": 21.5}
-        for (layer, kind), value in zip(sites, kl)
+         "kl_error": 1e-5, "share": value / sum(kl), "sqnr_db": 20.0 + index if index else None}
+        for index, ((layer, kind), value) in enumerate(zip(sites, kl))
     ]  # fmt: skip
     explanation = f"layers.{layers - 1}.mlp is the most sensitive site."
     facts = {"fingerprint": FACTS["fingerprint"], "spec": "int4:g32", "tp": 8, "algorithm": "two-step"}

@@ -13,7 +13,7 @@ from ..config import ALGORITHMS, DEFAULT_SPEC, CommConfig
 from ..errors import ConfigError
 from ..evaluation.cases import Case
 from ..spec import parse
-from . import launch
+from . import evaluate_page, launch
 from .calibrations import Calibrations
 from .files import check_output
 from .job import EXACT
@@ -33,6 +33,9 @@ class Job:
     calibrations: Calibrations
     json: Path | None
     plot: Path | None
+    report: Path | None
+    sensitivity: dict | None  # for the report
+    command: str
     progress: Path | None
     baseline: Path | None
     fail_above: float | None
@@ -72,8 +75,10 @@ def check(arguments: argparse.Namespace) -> Job:
         from ..calibration.plot import check_installed
 
         check_installed()
+    evaluate_page.check(arguments)
+    subject = Subject.check(arguments)
     return Job(
-        Subject.check(arguments),
+        subject,
         tuple(arguments.tp),
         specs,
         plans,
@@ -82,6 +87,9 @@ def check(arguments: argparse.Namespace) -> Job:
         Calibrations.check(arguments, specs, arguments.tp, bool(plans)),
         arguments.json,
         arguments.plot,
+        arguments.report,
+        evaluate_page.sensitivity(arguments.report_sensitivity, subject.folder.folder),
+        evaluate_page.command(arguments),
         arguments.progress,
         arguments.baseline,
         arguments.fail_above,
