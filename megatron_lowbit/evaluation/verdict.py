@@ -37,7 +37,7 @@ def saving(row: Row) -> float:
 def choice(rows: Sequence[Row], tp: int) -> Row | None:
     """The case of fewest bytes that is within the limit at a TP size and saves any; of equal ones, the more exact."""
     good = [row for row in rows if row["tp"] == tp and judged(row) == WITHIN and saving(row) > 1]
-    return min(good, key=lambda row: (row["bytes_per_token"], row["loss"]), default=None)
+    return min(good, key=lambda row: (row["bytes_per_token"], row["kl_mean"]), default=None)
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
