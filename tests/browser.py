@@ -117,7 +117,9 @@ class Browser:
                 raise RuntimeError("the browser has ended")
             self._rest += more
 
-    def open(self, file: Path, width: int, height: int = 900, dark: bool = False, scripts: bool = True) -> Page:
+    def open(
+        self, file: Path, width: int, height: int = 900, dark: bool = False, scripts: bool = True, media: str = "screen"
+    ) -> Page:
         """A new tab that has loaded a file. scripts: whether the page's own may run; `Page.evaluate` always does."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -129,7 +131,7 @@ class Browser:
             "Log.enable": {},
             "Network.enable": {},
             "Emulation.setDeviceMetricsOverride": screen,
-            "Emulation.setEmulatedMedia": {"features": scheme},
+            "Emulation.setEmulatedMedia": {"media": media, "features": scheme},
             "Emulation.setScriptExecutionDisabled": {"value": not scripts},
         }.items():
             self.call(method, session, **parameters)

@@ -183,7 +183,11 @@ SCRIPT = """(() => {
       .filter(e => box(e).right > root.clientWidth + 1).map(e => e.textContent.slice(0, 40)),
     bars: [...document.querySelectorAll(".bar")].map(e => box(e).width),
     mode: document.compatMode,
-    colors: [getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor],
+    paper: getComputedStyle(document.body).backgroundColor,
+    inks: [...new Set([...document.querySelectorAll("body, caption, dt, figcaption, .good, .bad, code, pre")]
+      .map(e => getComputedStyle(e).color)
+      .concat([...document.querySelectorAll("svg text")].map(e => getComputedStyle(e).fill))
+      .filter(color => !["rgb(0, 0, 0)", "rgb(255, 255, 255)"].includes(color)))],  // those stand on cells of a map
     small: Math.min(...[...document.querySelectorAll("svg text")].map(e => box(e).height)),
   };
 })()"""
@@ -205,7 +209,7 @@ def many():
 def test_renders_in_a_browser(tmp_path, many):
     evil = findings(facts=evaluations.FACTS | {"model": EVIL, "text": "a-very-long-name-of-a-text-" * 6 + EVIL})
     files = {name: write(found, tmp_path / name) for name, found in {"few": evil, "many": many}.items()}
-    colors = set()
+    papers = {}
     with browser(tmp_path / "profile") as running:
         for file in files.values():
             for width, dark, scripts in ((1280, False, True), (390, False, False), (1280, True, True)):
@@ -217,12 +221,15 @@ def test_renders_in_a_browser(tmp_path, many):
                 assert min(found["marks"]) > 10 and all(all(image) for image in found["images"])
                 assert found["overflow"] <= 0 and found["beyond"] == []
                 assert min(found["bars"]) > 1 and found["small"] >= 7
-                colors.add((dark, *found["colors"]))
+                papers[dark] = found["paper"]
+                assert len(found["inks"]) >= 4
+                assert min(contrast(ink, found["paper"]) for ink in found["inks"]) > 4.5, found["inks"]
                 assert distinct(opened.screenshot()) > 20
-            assert opened.pdf().startswith(b"%PDF")
-    assert len(colors) == 2
-    for _, ink, paper in colors:
-        assert contrast(ink, paper) > 7
+            opened = running.open(file, 718, media="print")  # A4 without its margins
+            found = opened.evaluate(SCRIPT)
+            assert found["overflow"] <= 0 and found["beyond"] == [] and opened.pdf().startswith(b"%PDF")
+            assert opened.evaluate("getComputedStyle(document.querySelector('.scroll')).overflowX") == "visible"
+    assert contrast(papers[False], "rgb(0, 0, 0)") > 15 and contrast(papers[True], "rgb(255, 255, 255)") > 15
 
 
 def test_a_browser_s_complaints_are_seen(tmp_path):
