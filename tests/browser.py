@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ def browser(profile: Path) -> Iterator[Browser]:
     found = Browser(to_browser, from_browser)
     try:
         yield found
-        found.call("Browser.close")
+        with suppress(RuntimeError, OSError):  # it may be gone before it has answered
+            found.call("Browser.close")
     finally:
         os.close(to_browser)
         os.close(from_browser)

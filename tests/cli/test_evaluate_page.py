@@ -13,7 +13,6 @@ pytest.importorskip("matplotlib")
 from megatron_lowbit.__main__ import main
 from megatron_lowbit.cli.evaluate_page import command
 from megatron_lowbit.cli.files import BUNDLED
-from megatron_lowbit.engines.fingerprint import fingerprint
 from tests import evaluations
 
 FAST = ["evaluate", "--windows", "2", "--window-length", "64", "--dtype", "fp32"]
@@ -27,18 +26,19 @@ def written(folder, *argv):
 
 
 def test_writes_a_page_of_what_was_found(tmp_path, capsys):
-    sites = evaluations.sensitivity() | {"fingerprint": fingerprint(BUNDLED / "model")}
-    (tmp_path / "sites.json").write_text(json.dumps(sites))
+    sites = tmp_path / "sites.json"
+    assert main(["sensitivity", *FAST[1:], "--tp", "2", "--comm", "int4:g32", "--json", str(sites)]) == 0
     other = tmp_path / "other.txt"
     other.write_text("It was the best of houses, and the rain fell upon its roof for many a day. " * 60)
     argv = ["--tp", "2,4", "--comm", "selective4", "int8:g128", "int4:g32/int8:g128", "--calibration-text", str(other)]
-    argv += ["--json", str(tmp_path / "all.json"), "--report-sensitivity", str(tmp_path / "sites.json")]
+    argv += ["--json", str(tmp_path / "all.json"), "--report-sensitivity", str(sites)]
     code, text = written(tmp_path / "page", *argv)
     assert code == 0 and f"report: {tmp_path}/page/index.html" in capsys.readouterr().out.replace("\n", "")
     for row in json.loads((tmp_path / "all.json").read_text())["rows"]:
         assert f" {row['kl_mean']:.5f} " in text and f" {row['loss']:+.2%} " in text
     for expected in (
-        "costs in accuracy: model", "sample_text.txt", "2 windows are few", "layers.2.mlp is the most sensitive site.",
+        "costs in accuracy: model", "sample_text.txt", "2 windows are few",
+        json.loads(sites.read_text())["explanation"].split("`")[0],
         "In two halves of 2 windows", "Of the calibration's outliers, which come from other text,",
         "--comm selective4 int8:g128 int4:g32/int8:g128 --calibration-text other.txt --json all.json "
         "--report-sensitivity sites.json",

@@ -13,7 +13,7 @@ pytest.importorskip("jinja2")
 from megatron_lowbit.errors import ConfigError
 from megatron_lowbit.evaluation.report import Findings, page, write
 from tests import evaluations
-from tests.browser import browser
+from tests.browser import browser, find
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 EVIL = '<script>alert("x")</script>&amp;'
@@ -244,6 +244,14 @@ def test_a_browser_s_complaints_are_seen(tmp_path):
         assert opened.evaluate("document.documentElement.scrollWidth - innerWidth") > 1000
         assert running.open(bad, 390, scripts=False).evaluate("document.scripts.length") == 1
         assert distinct(opened.screenshot()) < 20
+
+
+def test_a_browser_that_must_be_there_is_no_reason_to_skip(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    for value, outcome in (("required", pytest.fail.Exception), ("", pytest.skip.Exception)):
+        monkeypatch.setenv("LOWBIT_BROWSER", value)
+        with pytest.raises(outcome, match="no browser: none of chromium"):
+            find()
 
 
 def distinct(png: bytes) -> int:
