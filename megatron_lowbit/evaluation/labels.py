@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 DISTANCES = (7, 16, 28, 42, 58)  # of a name from its point, in typographic points
 DIRECTIONS = ((1, 0.6), (1, -0.6), (-1, 0.6), (-1, -0.6), (0.2, 1), (0.2, -1), (-0.2, 1), (-0.2, -1))
 FAR = 10  # from here on a line leads to the name
-NAME, POINT, OUTSIDE = 30.0, 3.0, 60.0  # what covering one costs, beside the distance in units of the nearest
+CROWD = 8  # points; covering more of them is no worse, and never as bad as covering a name
+NAME, POINT, OUTSIDE = 100.0, 5.0, 200.0  # what covering one costs, beside the distance in units of the nearest
 
 
 def label(
@@ -59,10 +60,10 @@ def _place(note, offset: tuple[float, float, float]) -> None:
 
 def _box(note, axis: Axes, offset: tuple[float, float, float]) -> Bbox:
     _place(note, offset)
-    return note.get_window_extent(axis.figure.canvas.get_renderer()).padded(1)
+    return note.get_window_extent(axis.figure.canvas.get_renderer()).padded(2)
 
 
 def _cost(box: Bbox, dots, taken: Sequence[Bbox], inside: Bbox) -> float:
-    covered = sum(box.contains(*dot) for dot in dots)
+    covered = min(CROWD, sum(box.contains(*dot) for dot in dots))
     beyond = not (inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1)
     return NAME * box.count_overlaps(taken) + POINT * covered + OUTSIDE * beyond

@@ -53,7 +53,7 @@ def pareto(axis: Axes, rows: Sequence[Row], metric: str) -> None:
     axis.set(xlabel="bits per value", ylabel=METRICS[metric])
     axis.grid(color=FAINT, alpha=0.25, linewidth=0.6)
     axis.set_axisbelow(True)
-    axis.margins(0.08)
+    axis.margins(0.08, 0.12)  # for the names of the points
     if metric == "loss":
         axis.set_yscale("symlog", linthresh=STRAIGHT)
         axis.yaxis.set_major_formatter("{x:g}")
