@@ -55,6 +55,7 @@ bench: $(INSTALLED)  ## measure on this machine, into benchmarks/results/ and th
 	@$(BIN)/python benchmarks/scale_formats.py --json benchmarks/results/scale_formats.json
 	@$(BIN)/python benchmarks/spike_formats.py --json benchmarks/results/spike_formats.json
 	@$(BIN)/python benchmarks/kernels.py --predict --json benchmarks/results/kernels_predicted.json
+	@$(BIN)/python benchmarks/evaluating.py --json benchmarks/results/evaluating.json
 	@$(BIN)/python benchmarks/demo.py --json benchmarks/results/demo.json
 	@$(BIN)/python benchmarks/tables.py
 

@@ -57,6 +57,33 @@ def accuracy(specs: list[str] | None = None, name: str = "perplexity") -> str:
     return markdown(columns, lines, note)
 
 
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.0005 else "<0.001"
+
+
+def tasks() -> str:
+    """One row per metric and spec, question by question against the exact run."""
+    result = load("tasks")
+    facts = {row["spec"]: row for row in result["perplexity"]}
+    lines = []
+    for r in result["rows"]:
+        right = r["kind"] == "proportion"
+        score, scale, unit = ("{:.1%}", 0.01, "") if right else ("{:,.0f}", r["exact"] / 100, " %")
+        change, low, high = (value / scale for value in (r["change"], *r["change_interval"]))
+        bits = facts[r["spec"]]["bits_per_value"]
+        lines.append([f"{r['task']} {r['metric']}", f"`{r['spec']}`", f"{bits:.2f}", score.format(r["exact"]),
+                      score.format(r["value"]), f"{r['value'] / r['exact']:.1%}", f"{change:+.1f}{unit}",
+                      f"{low:+.1f} … {high:+.1f}{unit}", _p(r["p_value"])])  # fmt: skip
+    counts = {r["task"]: r["samples"] for r in result["rows"]}
+    asked = ", ".join(f"{count} questions of {task}" for task, count in counts.items())
+    note = (
+        f"TP {result['rows'][0]['tp']}, two-step; `{result['text']}` (SHA-256 `{result['tasks_text_sha256'][:12]}…`), "
+        f"{asked}, lm_eval {result['lm_eval']}; changes in points, of perplexities in percent. {measured(result)}"
+    )
+    columns = ["task", "spec", "bits", "exact", "score", "kept", "change", "95 % interval", "p"]
+    return markdown(columns, lines, note)
+
+
 def demo() -> str:
     result = load("demo")
     exact, compressed = result["exact"], result["compressed"]
@@ -82,6 +109,21 @@ def codecs() -> str:
     return markdown(
         ["spec", "backend", "input", "bits per value", "encode, GB/s", "decode-accumulate, GB/s"], rows, note
     )
+
+
+def evaluating() -> str:
+    """One row per spec, one column per dtype and TP size."""
+    result = load("evaluating")
+    ratio = {(r["spec"], r["dtype"], r["tp"]): r["ratio"] for r in result["rows"]}
+    columns = list(dict.fromkeys((dtype, tp) for _, dtype, tp in ratio))
+    specs = dict.fromkeys(spec for spec, *_ in ratio)
+    lines = [[f"`{spec}`", *(f"{ratio[(spec, *column)]:.2f}×" for column in columns)] for spec in specs]
+    note = (
+        f"Time of one more spec as a multiple of a plain perplexity run; the bundled model, {result['windows']} "
+        f"windows of {result['length']} tokens, {result['threads']} thread; medians of ratios measured in turns, "
+        f"window by window, on a machine that others used too. {measured(result)}"
+    )
+    return markdown(["spec", *(f"{dtype}, TP {tp}" for dtype, tp in columns)], lines, note)
 
 
 def threshold() -> str:
@@ -241,7 +283,9 @@ TABLES = {
     "accuracy": accuracy,
     "accuracy-short": lambda: accuracy(["int8:g128", "int6:g64", "int4:g32", "int3:g32", "int2:g32:sym"]),
     "demo": demo,
+    "tasks": tasks,
     "codecs": codecs,
+    "evaluating": evaluating,
     "threshold": threshold,
     "calibration": calibration,
     "accuracy-codecs": lambda: accuracy(name="perplexity_codecs"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from . import spec as _spec
 from .calibration_file import Calibration
@@ -132,14 +133,21 @@ class CommConfig:
         self.planned.check(sites=[site])
         return _spec.parse(self.planned.sites[site])
 
-    def check(self, sites: Iterable[str] = (), tp: int | None = None, fingerprint: str | None = None) -> None:
+    def check(
+        self,
+        sites: Iterable[str] = (),
+        tp: int | None = None,
+        fingerprint: str | None = None,
+        tensors: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Raise ConfigError if the plan or the calibration is for other sites, ranks or another model.
 
+        tensors: the model's, name -> digest, so that the message can say which ones differ from the plan's.
         Sites that are not selected need neither; sites whose spec makes no use of a calibration need none.
         """
         sent = [site for site in sites if self.selects(site)]
         if self.planned is not None:
-            self.planned.check(tp=tp, fingerprint=fingerprint, sites=sent)
+            self.planned.check(tp, fingerprint, sent, tensors)
         if self.calibrated is not None:
             using = [site for site in sent if not self.keeps_exact(site) and self.legs_at(site).calibrated]
             self.calibrated.check(tp=tp, fingerprint=fingerprint, sites=using)

@@ -77,17 +77,28 @@ class Plan:
         decides = {"format": FORMAT, "version": VERSION, "sites": dict(self.sites)}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
-    def check(self, tp: int | None = None, fingerprint: str | None = None, sites: Iterable[str] | None = None) -> None:
-        """Raise ConfigError naming what differs from what is given; None is not compared."""
+    def check(
+        self,
+        tp: int | None = None,
+        fingerprint: str | None = None,
+        sites: Iterable[str] | None = None,
+        tensors: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Raise ConfigError naming what differs from what is given; None is not compared.
+
+        tensors: the model's, name -> digest (engines/fingerprint.py), for the message about another fingerprint.
+        """
         if tp is not None and tp != self.tp:
             raise ConfigError(
                 f"{self.name} was made for TP {self.tp}, this group has {tp} ranks: make one for {tp} "
                 "with 'megatron-lowbit plan'"
             )
         if fingerprint and self.fingerprint and fingerprint != self.fingerprint:
+            theirs = self.metadata.get("tensors")
+            which = f"; {differing(theirs, tensors)} differ" if isinstance(theirs, Mapping) and tensors else ""
             raise ConfigError(
                 f"{self.name} was made for another model ({self.metadata.get('model', 'unnamed')}, fingerprint "
-                f"{self.fingerprint[:12]}, this one has {fingerprint[:12]}): make one for this model with "
+                f"{self.fingerprint[:12]}, this one has {fingerprint[:12]}{which}): make one for this model with "
                 "'megatron-lowbit plan'"
             )
         if missing := [site for site in sites or () if site not in self.sites]:
@@ -130,6 +141,11 @@ class Plan:
             )
         sites, tp, algorithm = found.pop("sites"), found.pop("tp"), found.pop("algorithm")
         return cls(sites, tp, algorithm, found, f"plan {path.name}")
+
+
+def differing(one: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """Names of which the values differ or one is missing, the first three and how many more; "" for none."""
+    return _some(sorted(name for name in {*one, *other} if one.get(name) != other.get(name)))
 
 
 def _some(things: Sequence[object], limit: int = 3) -> str:

@@ -19,13 +19,19 @@ if TYPE_CHECKING:
 
 
 def check_cases(subject: Subject, cases: Sequence[Case]) -> None:
-    """Raise ConfigError for a case that compresses nothing, or whose plan or calibration is of another model."""
+    """Raise ConfigError for a case that compresses nothing, or whose plan or calibration is of another model, and
+    ModelError for one whose TP size does not divide the features of a layer."""
+    from ..engines.simulated_tp import check_tp
+
     sites = subject.features
+    for tp in sorted({case.tp for case in cases}):
+        check_tp(subject.model, tp)
     for case in cases:
         if not any(map(case.config.selects, sites)):
             named = " ".join(case.config.sites)
             raise ConfigError(f"--comm-sites {named} selects none of {', '.join(list(sites)[:3])} …")
-        case.config.check(sites, case.tp, subject.facts["fingerprint"])
+        tensors = subject.digests if case.config.planned else {}
+        case.config.check(sites, case.tp, subject.facts["fingerprint"], tensors)
 
 
 def evaluated(

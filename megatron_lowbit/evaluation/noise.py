@@ -16,6 +16,7 @@ import torch
 from .. import simulate
 from ..config import CommConfig
 from ..engines.simulated_tp import simulated_tp
+from .run import predictions
 from .windows import Window
 
 
@@ -78,9 +79,8 @@ def measure(
                 noise[site] += Noise(*sums, energy.numel())
         return exact.to(partials[0].dtype)
 
-    device = next(model.parameters()).device
     with simulated_tp(model, tp, reduce):
         for window in windows:
-            model(input_ids=window.ids.to(device)[None], use_cache=False)
+            predictions(model, window)
             advance()
     return [dict(noise) for noise in found]

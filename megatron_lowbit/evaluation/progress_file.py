@@ -87,10 +87,14 @@ class Progress:
                     f"{self._path} is of another evaluation: its {name} is {metadata.get(name)!r}, now {value!r}; give "
                     "another file, or remove it to begin anew"
                 )
-        cases = json.loads(metadata["cases"])
-        for key in {name.rpartition(".")[0] for name in tensors}:
-            index, window = map(int, key.split("."))
-            self._found[cases[index], window] = Tokens(*(tensors[f"{key}.{field.name}"] for field in fields(Tokens)))
+        try:
+            cases = json.loads(metadata["cases"])
+            for key in {name.rpartition(".")[0] for name in tensors}:
+                index, window = map(int, key.split("."))
+                found = Tokens(*(tensors[f"{key}.{field.name}"] for field in fields(Tokens)))
+                self._found[cases[index], window] = found
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise ConfigError(f"{self._path} is damaged ({error!r}): remove it to begin anew") from error
 
 
 class _Slabs:

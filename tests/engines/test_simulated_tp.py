@@ -225,6 +225,15 @@ def test_a_size_that_does_not_divide(tp):
             pass
 
 
+def test_a_family_that_is_half_known():
+    """ALBERT's attention has a usual name, its MLP has none: half of the sums would be exact, and nobody the wiser."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.AlbertForMaskedLM(transformers.AlbertConfig(vocab_size=61, embedding_size=32, **sizes))
+    with pytest.raises(ModelError, match="of layers.0 only attention has a usual name .* add its model type"):
+        row_parallel(model)
+
+
 def test_another_architecture():
     with pytest.raises(
         ModelError, match="Linear has no row-parallel layer of a name that is known: .* such as llama, mistral"

@@ -7,13 +7,13 @@ import torch
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.evaluation.noise import Noise, measure
-from megatron_lowbit.evaluation.windows import Window
+from megatron_lowbit.evaluation.windows import consecutive
 from tests.llama import tiny_llama
 
 
 def windows():
     torch.manual_seed(3)
-    return [Window(torch.randint(0, 61, (20,)), 1) for _ in range(2)]
+    return consecutive(torch.randint(0, 61, (40,)).tolist(), 20)
 
 
 @torch.inference_mode()

@@ -44,7 +44,7 @@ def by_hand(model, chosen, spec):
         exact = model(window.ids[None]).logits[0].log_softmax(-1)
         with simulated_tp(model, 4, reduce):
             own = model(window.ids[None]).logits[0].log_softmax(-1)
-        kl = (exact.exp() * (exact - own)).sum(-1)[window.first - 1 : -1]
+        kl = (exact.exp() * (exact - own)).sum(-1)[window.positions]
         total, count = total + kl.sum().item(), count + len(kl)
     return total / count
 

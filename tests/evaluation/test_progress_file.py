@@ -1,5 +1,7 @@
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError
@@ -35,6 +37,12 @@ def test_refuses_what_is_of_another_evaluation(tmp_path):
         progress.add(ONE, 0, tokens())
     with pytest.raises(ConfigError, match="fingerprint is 'abc', now 'xyz'"):
         Progress(path, FACTS | {"fingerprint": "xyz"})
+    with safe_open(str(path), "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    for cut, changed in ((dict(list(tensors.items())[:-1]), {}), (tensors, {"cases": "[]"}), (tensors, {"cases": "{"})):
+        save_file(cut, path, metadata | changed)
+        with pytest.raises(ConfigError, match="is damaged"):
+            Progress(path, FACTS)
     path.write_bytes(b"nonsense")
     with pytest.raises(ConfigError, match="cannot be read"):
         Progress(path, FACTS)
