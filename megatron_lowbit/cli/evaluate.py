@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   megatron-lowbit evaluate --comm int4:g32 --baseline earlier.json --fail-above 0.5%      exit code 3 if it got worse
   megatron-lowbit evaluate --tp 8 --comm selective4 --calibration-text other.txt --progress p.safetensors
   megatron-lowbit evaluate --tp 8 --comm int4:g32 --text held-out.txt --tasks local_cloze,local_choice --task-limit 500
+  megatron-lowbit evaluate --tp 2,8 --comm int8:g128 int4:g32 gauss4:g128 --report report    open report/index.html
 """
 
 
@@ -47,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("results")
     out.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
     out.add_argument("--plot", type=Path, metavar="PNG", help="draw loss against bits per value")
+    out.add_argument("--report", type=Path, metavar="DIR", help="write a page with tables and plots: DIR/index.html")
+    out.add_argument("--report-sensitivity", type=Path, metavar="FILE", help="sensitivity's --json, for the page")
     out.add_argument("--progress", type=Path, metavar="FILE", help="keep what was found here, and go on from there")
     out.add_argument("--baseline", type=Path, metavar="FILE", help="--json of an earlier run to compare with")
     out.add_argument(
@@ -75,7 +78,7 @@ def percent(text: str) -> float:
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, evaluate all cases, report. Returns the exit code: 3 if the gate fails."""
     from ..evaluation.gate import Gate
-    from . import evaluate_report
+    from . import evaluate_page, evaluate_report, tasks_report
     from .evaluating import evaluated
 
     job = check(arguments)
@@ -84,9 +87,12 @@ def run(arguments: argparse.Namespace) -> int:
     gate = Gate.load(job.baseline, job.fail_above, of.digests) if job.fail_above is not None else None
     if job.tasks:
         job.tasks.ready(job.calibrations)
-    cases = job.cases(job.calibrations.made(of, job.tps))
+    calibrations = job.calibrations.made(of, job.tps)
+    cases = job.cases(calibrations)
     rows = evaluate_report.rows(evaluated(of, cases, windows, job.progress), of.features)
     answers = job.tasks and job.tasks.answers(cases, job.progress)
+    if job.report:
+        evaluate_page.write(job, rows, calibrations, tasks_report.rows(answers.found) if answers else ())
     code = evaluate_report.show(job, rows, gate, answers)
     if answers:
         answers.check()  # when everything else has been shown and written

@@ -13,7 +13,7 @@ from ..config import ALGORITHMS, DEFAULT_SPEC, CommConfig
 from ..errors import ConfigError
 from ..evaluation.cases import Case
 from ..spec import parse
-from . import launch
+from . import evaluate_page, launch
 from .calibrations import Calibrations
 from .files import check_output
 from .job import EXACT
@@ -35,6 +35,9 @@ class Job:
     tasks: Tasks | None
     json: Path | None
     plot: Path | None
+    report: Path | None
+    sensitivity: dict | None  # for the report
+    command: str
     progress: Path | None
     baseline: Path | None
     fail_above: float | None
@@ -74,6 +77,7 @@ def check(arguments: argparse.Namespace) -> Job:
         from ..calibration.plot import check_installed
 
         check_installed()
+    evaluate_page.check(arguments)
     subject = Subject.check(arguments)
     return Job(
         subject,
@@ -86,6 +90,9 @@ def check(arguments: argparse.Namespace) -> Job:
         Tasks.check(arguments, subject),
         arguments.json,
         arguments.plot,
+        arguments.report,
+        evaluate_page.sensitivity(arguments.report_sensitivity, subject.folder.folder),
+        evaluate_page.command(arguments),
         arguments.progress,
         arguments.baseline,
         arguments.fail_above,

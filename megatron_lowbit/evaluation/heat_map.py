@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..calibration.plot import check_installed
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 ANNOTATED = 64  # up to so many rows, each field holds its number, too
+PANELS = {"kl_mean": "KL divergence alone, nats", "sqnr_db": "SQNR, dB"}
+
+Row = Mapping[str, Any]
 
 
-def heat_map(rows: Sequence[Mapping[str, Any]], title: str, format: str = "png") -> bytes:
-    """rows: of `sensitivity --json`. format: "png" or "svg". Raises ConfigError without matplotlib.
+def heat_map(rows: Sequence[Row], title: str) -> bytes:
+    """PNG. rows: of `sensitivity --json`. Raises ConfigError without matplotlib.
 
     What has no effect above zero, or no noise, is left white.
     """
@@ -21,42 +28,55 @@ def heat_map(rows: Sequence[Mapping[str, Any]], title: str, format: str = "png")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    layers = sorted({row["layer"] for row in rows}, key=lambda layer: (layer is None, layer))
+    kinds, layers = axes_of(rows)
     height = 2 + 0.3 * min(len(layers), 40) + 0.08 * max(0, len(layers) - 40)
     figure = Figure((5 + 1.4 * len(kinds), height), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display, and leaves the caller's own backend alone
     figure.suptitle(title, fontsize=10, wrap=True)
-    panels = (("kl_mean", "KL divergence alone, nats", "viridis", True), ("sqnr_db", "SQNR, dB", "viridis_r", False))
-    for axis, (name, label, colours, logarithmic) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
-        axis.set_ylabel("layer")
-        axis.label_outer()
-        _panel(axis, rows, kinds, layers, name, label, colours, logarithmic)
+    draw(figure, rows)
     out = io.BytesIO()
-    figure.savefig(out, format=format, dpi=110, metadata={"Date": None} if format == "svg" else None)
+    figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
 
 
-def _panel(axis, rows, kinds, layers, name, label, colours, logarithmic) -> None:
+def axes_of(rows: Sequence[Row]) -> tuple[list[str], list[int | None]]:
+    """The kinds of sites and the layers, in the order in which they are drawn."""
+    layers = sorted({row["layer"] for row in rows}, key=lambda layer: (layer is None, layer))
+    return list(dict.fromkeys(row["kind"] for row in rows)), layers
+
+
+def draw(figure: Figure, rows: Sequence[Row], panels: Iterable[str] = tuple(PANELS)) -> None:
+    """Fill a figure, with a panel for each of these keys of PANELS."""
+    panels = list(panels)
+    for axis, name in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+        axis.set_ylabel("layer")
+        axis.label_outer()
+        _panel(axis, rows, name)
+
+
+def _panel(axis: Axes, rows: Sequence[Row], name: str) -> None:
     from matplotlib.colors import LogNorm
 
+    kinds, layers = axes_of(rows)
+    logarithmic = name == "kl_mean"  # of SQNR it is the low ones that are bad
     values = [[math.nan] * len(kinds) for _ in layers]
     for row in rows:
         if (value := row[name]) is not None and (value > 0 or not logarithmic):
             values[layers.index(row["layer"])][kinds.index(row["kind"])] = value
     there = [value for line in values for value in line if not math.isnan(value)]
     norm = LogNorm(min(there), max(there) * (1 + 1e-6)) if logarithmic and there else None
-    picture = axis.imshow(values, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
-    axis.figure.colorbar(picture, ax=axis, label=label).ax.minorticks_off()
-    axis.set_xticks(range(len(kinds)), kinds, fontsize=8, rotation=20)
+    picture = axis.pcolormesh(values, cmap="viridis" if logarithmic else "viridis_r", norm=norm)
+    axis.invert_yaxis()
+    axis.figure.colorbar(picture, ax=axis, label=PANELS[name]).ax.minorticks_off()
+    axis.set_xticks([x + 0.5 for x in range(len(kinds))], kinds, fontsize="small", rotation=20)
     step = math.ceil(len(layers) / 40)
     names = ["none" if layer is None else str(layer) for layer in layers]
-    axis.set_yticks(range(0, len(layers), step), names[::step], fontsize=8)
+    axis.set_yticks([y + 0.5 for y in range(0, len(layers), step)], names[::step], fontsize="small")
     if len(rows) > ANNOTATED:
         return
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             if not math.isnan(value):
-                shade = sum(picture.cmap(picture.norm(value))[:3])
+                ink = "black" if sum(picture.cmap(picture.norm(value))[:3]) > 1.5 else "white"
                 text = f"{value:.2g}" if logarithmic else f"{value:.1f}"
-                axis.text(x, y, text, ha="center", va="center", fontsize=7, color="black" if shade > 1.5 else "white")
+                axis.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize="x-small", color=ink)
