@@ -57,6 +57,33 @@ def accuracy(specs: list[str] | None = None, name: str = "perplexity") -> str:
     return markdown(columns, lines, note)
 
 
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.0005 else "<0.001"
+
+
+def tasks() -> str:
+    """One row per metric and spec, question by question against the exact run."""
+    result = load("tasks")
+    facts = {row["spec"]: row for row in result["perplexity"]}
+    lines = []
+    for r in result["rows"]:
+        right = r["kind"] == "proportion"
+        score, scale, unit = ("{:.1%}", 0.01, "") if right else ("{:,.0f}", r["exact"] / 100, " %")
+        change, low, high = (value / scale for value in (r["change"], *r["change_interval"]))
+        bits = facts[r["spec"]]["bits_per_value"]
+        lines.append([f"{r['task']} {r['metric']}", f"`{r['spec']}`", f"{bits:.2f}", score.format(r["exact"]),
+                      score.format(r["value"]), f"{r['value'] / r['exact']:.1%}", f"{change:+.1f}{unit}",
+                      f"{low:+.1f} … {high:+.1f}{unit}", _p(r["p_value"])])  # fmt: skip
+    counts = {r["task"]: r["samples"] for r in result["rows"]}
+    asked = ", ".join(f"{count} questions of {task}" for task, count in counts.items())
+    note = (
+        f"TP {result['rows'][0]['tp']}, two-step; `{result['text']}` (SHA-256 `{result['tasks_text_sha256'][:12]}…`), "
+        f"{asked}, lm_eval {result['lm_eval']}; changes in points, of perplexities in percent. {measured(result)}"
+    )
+    columns = ["task", "spec", "bits", "exact", "score", "kept", "change", "95 % interval", "p"]
+    return markdown(columns, lines, note)
+
+
 def demo() -> str:
     result = load("demo")
     exact, compressed = result["exact"], result["compressed"]
@@ -227,10 +254,36 @@ def kernels_predicted() -> str:
     return markdown(["spec", *(operation.replace("_", "-") for operation in operations)], lines, note)
 
 
+def plan() -> str:
+    """Plans under their budgets, then each spec everywhere, by their bits."""
+    result = load("plan")
+    planned = sorted(
+        (r for r in result["rows"] if r["plan"]), key=lambda r: (r["plan"].split()[0], r["bits_per_value"])
+    )
+    uniform = sorted((r for r in result["rows"] if not r["plan"]), key=lambda r: r["bits_per_value"])
+    rows = []
+    for r in [*planned, *uniform]:
+        kind, _, value = (r["plan"] or "").partition(" ")
+        name = f"`{r['spec']}`" if not kind else f"**plan, at most {value}{' bits' if kind == 'bits' else ''}**"
+        predicted = f"{r['kl_predicted']:.5f}" if "kl_predicted" in r else ""
+        low, high = r["loss_interval"]
+        loss = f"{r['loss']:+.2%} ± {(high - low) / 2:.2%}"
+        kl = f"{r['kl_mean']:.5f} ± {r['kl_error']:.5f}"
+        rows.append([name, f"{r['bits_per_value']:.3f}", f"{r['bytes_per_token']:,.0f}", predicted, kl, loss])
+    held = result["rows"][0]
+    note = (
+        f"{held['windows']} held-out windows of {result['window_length']} tokens of `{result['text']}` (SHA-256 "
+        f"`{result['text_sha256'][:12]}…`); TP {result['tp']}, {result['algorithm']}, {result['dtype']}; KL divergence "
+        f"with its standard error, loss with half of its 95 % interval. {measured(result)}"
+    )
+    return markdown(["", "bits", "bytes per token", "KL predicted", "KL, nats", "perplexity"], rows, note)
+
+
 TABLES = {
     "accuracy": accuracy,
     "accuracy-short": lambda: accuracy(["int8:g128", "int6:g64", "int4:g32", "int3:g32", "int2:g32:sym"]),
     "demo": demo,
+    "tasks": tasks,
     "codecs": codecs,
     "evaluating": evaluating,
     "threshold": threshold,
@@ -239,6 +292,7 @@ TABLES = {
     "alternatives": alternatives,
     "kernels": kernels,
     "kernels-predicted": kernels_predicted,
+    "plan": plan,
     "quality": quality,
     "quality-model": quality_model,
     "quality-targets": quality_targets,

@@ -85,7 +85,7 @@ class CommConfig:
             raise ConfigError(f"spec {self.spec!r} and a plan exclude each other, as a plan has its own: give one")
         if not self.plan or not isinstance(self.plan, str | os.PathLike | Plan):
             raise ConfigError(
-                f"plan is {self.plan!r}: give the name of a file that 'megatron-lowbit plan' wrote, or a Plan"
+                f"plan is {self.plan!r}: give the name of a plan file that 'megatron-lowbit plan' wrote, or a Plan"
             )
         return self.plan if isinstance(self.plan, Plan) else Plan.load(self.plan)
 

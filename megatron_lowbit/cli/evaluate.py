@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..config import ALGORITHMS, DEFAULT_SPEC
-from . import calibrations, subject
+from . import calibrations, subject, tasks
 from .evaluate_job import check
 from .evaluate_report import GATE_FAILED
 
@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   megatron-lowbit evaluate --model ~/models/Llama-3.2-1B --text held-out.txt --tp 4 --comm int4:g32 --json now.json
   megatron-lowbit evaluate --comm int4:g32 --baseline earlier.json --fail-above 0.5%      exit code 3 if it got worse
   megatron-lowbit evaluate --tp 8 --comm selective4 --calibration-text other.txt --progress p.safetensors
+  megatron-lowbit evaluate --tp 8 --comm int4:g32 --text held-out.txt --tasks local_cloze,local_choice --task-limit 500
 """
 
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     comm.add_argument("--comm-sites", metavar="GLOB", action="append", help="compress these sites only")
     calibrations.add_arguments(comm)
+    tasks.add_arguments(parser)
     out = parser.add_argument_group("results")
     out.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
     out.add_argument("--plot", type=Path, metavar="PNG", help="draw loss against bits per value")
@@ -80,6 +82,12 @@ def run(arguments: argparse.Namespace) -> int:
     of = job.subject
     windows = of.windows  # first: a text that is too short is said before anything takes long
     gate = Gate.load(job.baseline, job.fail_above, of.digests) if job.fail_above is not None else None
+    if job.tasks:
+        job.tasks.ready(job.calibrations)
     cases = job.cases(job.calibrations.made(of, job.tps))
     rows = evaluate_report.rows(evaluated(of, cases, windows, job.progress), of.features)
-    return evaluate_report.show(job, rows, gate)
+    answers = job.tasks and job.tasks.answers(cases, job.progress)
+    code = evaluate_report.show(job, rows, gate, answers)
+    if answers:
+        answers.check()  # when everything else has been shown and written
+    return code

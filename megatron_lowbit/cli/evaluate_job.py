@@ -18,6 +18,7 @@ from .calibrations import Calibrations
 from .files import check_output
 from .job import EXACT
 from .subject import Subject
+from .tasks import Tasks
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Job:
     algorithms: tuple[str, ...]
     sites: tuple[str, ...] | None
     calibrations: Calibrations
+    tasks: Tasks | None
     json: Path | None
     plot: Path | None
     progress: Path | None
@@ -72,14 +74,16 @@ def check(arguments: argparse.Namespace) -> Job:
         from ..calibration.plot import check_installed
 
         check_installed()
+    subject = Subject.check(arguments)
     return Job(
-        Subject.check(arguments),
+        subject,
         tuple(arguments.tp),
         specs,
         plans,
         tuple(arguments.comm_algorithm),
         arguments.comm_sites and tuple(arguments.comm_sites),
         Calibrations.check(arguments, specs, arguments.tp, bool(plans)),
+        Tasks.check(arguments, subject),
         arguments.json,
         arguments.plot,
         arguments.progress,

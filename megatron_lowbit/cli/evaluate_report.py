@@ -15,9 +15,11 @@ from rich.table import Table
 from ..evaluation.cases import Case
 from ..evaluation.gate import Gate
 from ..evaluation.metrics import Tokens, summary
+from . import tasks_report
 
 if TYPE_CHECKING:
     from .evaluate_job import Job
+    from .tasks import Answers
 
 GATE_FAILED = 3  # exit code
 
@@ -41,17 +43,20 @@ def rows(found: Mapping[Case, Sequence[Tokens]], features: Mapping[str, int]) ->
     ]
 
 
-def show(job: Job, rows: Sequence[dict], gate: Gate | None) -> int:
-    """Print the table, write what was asked for -> the exit code."""
+def show(job: Job, rows: Sequence[dict], gate: Gate | None, answers: Answers | None = None) -> int:
+    """Print the tables, write what was asked for -> the exit code."""
     facts = job.subject.facts
     console = Console(highlight=False, emoji=False)
     console.print(_table(facts, rows))
     notes = job.subject.notes(row["tp"] for row in rows)
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True)
+    found = {"rows": list(rows), "notes": notes}
+    if answers:
+        found |= {"tasks": tasks_report.rows(answers.found)} | answers.facts
+        tasks_report.show(console, found["tasks"])
     if job.json:
-        found = {"rows": list(rows), "notes": notes, "tensors": job.subject.digests}
-        text = json.dumps(facts | made() | found, indent=1)
+        text = json.dumps(facts | made() | found | {"tensors": job.subject.digests}, indent=1)
         job.json.write_text(text + "\n", encoding="utf-8")
     if job.plot:
         from ..evaluation.plot import plot

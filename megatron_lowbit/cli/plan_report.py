@@ -103,9 +103,10 @@ def _figures(tokens: Sequence[Tokens]) -> dict:
 
 
 def _sites(setting: Setting, plan: Plan, result: Result) -> Table:
-    table = Table(title=f"{plan.name}: TP {plan.tp}, {plan.algorithm}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("site", *setting.legs, "bits", "KL predicted"):
-        table.add_column(column, justify="right" if column in ("bits", "KL predicted") else "left", overflow="fold")
+    title = f"{plan.name}: TP {plan.tp}, {plan.algorithm}; KL: predicted"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("site", *setting.legs, "bits", "KL"):
+        table.add_column(column, justify="right" if column in ("bits", "KL") else "left", overflow="fold")
     for site, spec in list(plan.sites.items())[:SHOWN]:
         legs = [spec] * len(setting.legs) if spec == "exact" else [str(getattr(parse(spec), g)) for g in setting.legs]
         bits = result.case.bits_at(site, setting.features[site])
@@ -120,8 +121,8 @@ def _comparison(facts: dict) -> Table:
     held = facts["held_out"]
     title = f"on {held['windows']} held-out windows of {held['text']}"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("", "bits", "bytes per token", "KL predicted", "KL", "± error", "loss", "± 95 %"):
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    for column in ("", "bits", "bytes/token", "KL predicted", "KL", "loss", "± 95 %"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     own = {"spec": "this plan", "kl_predicted": facts["planning"]["kl_predicted"], **held}
     own |= {name: facts[name] for name in ("bits_per_value", "bytes_per_token")}
     for row in [own, *sorted(facts["uniform"], key=lambda row: row["bits_per_value"])]:
@@ -132,7 +133,6 @@ def _comparison(facts: dict) -> Table:
             f"{row['bytes_per_token']:,.0f}",
             f"{row['kl_predicted']:.5f}",
             f"{row['kl_mean']:.5f}",
-            "-" if row["kl_error"] is None else f"{row['kl_error']:.5f}",
             f"{row['loss']:+.2%}",
             "-" if low is None else f"{(high - low) / 2:.2%}",
             end_section=row is own,

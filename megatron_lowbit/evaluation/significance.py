@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean
+from statistics import NormalDist, fmean, variance
 
 from .metrics import CONFIDENCE
 
@@ -67,10 +67,11 @@ def of_reals(first: Sequence[float], second: Sequence[float]) -> Change:
 
 def unpaired(scores: Sequence[float]) -> float:
     """How far the interval would reach around the difference of two such runs' means if it were not known which scores
-    belong together: all that two published scores allow. NaN of a single score."""
-    count = len(scores)
-    if count < 2:
-        return math.nan
-    middle = fmean(scores)
-    variance = sum((score - middle) ** 2 for score in scores) / (count - 1)
-    return NORMAL * math.sqrt(2 * variance / count)
+    belong together: all that two published scores allow. NaN of a single score.
+
+    Of rights and wrongs one of each is added, as Agresti and Caffo (The American Statistician 54, 2000) do.
+    """
+    if {*scores} <= {0, 1}:
+        count, middle = len(scores) + 2, (sum(scores) + 1) / (len(scores) + 2)
+        return NORMAL * math.sqrt(2 * middle * (1 - middle) / count)
+    return NORMAL * math.sqrt(2 * variance(scores) / len(scores)) if len(scores) > 1 else math.nan

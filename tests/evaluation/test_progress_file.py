@@ -53,3 +53,19 @@ def test_without_a_file_nothing_is_written(tmp_path):
         progress.add(ONE, 0, tokens())
         assert progress.done(ONE, 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_figures_are_copied_out_of_the_way(tmp_path):
+    """What is kept lies in one block of memory, and stays what it was; it can be written from there."""
+    path = tmp_path / "progress.safetensors"
+    given = [tokens(i) for i in range(3)]
+    with Progress(path, FACTS) as progress:
+        for window, each in enumerate(given):
+            progress.add(ONE, window, each)
+            each.nll.zero_()
+    kept = progress.tokens(ONE)
+    assert len({found.nll.untyped_storage().data_ptr() for found in kept}) == 1
+    assert [found.nll.tolist() for found in Progress(path, FACTS).tokens(ONE)] == [
+        tokens(i).nll.tolist() for i in range(3)
+    ]
+    assert [len(found) for found in (progress.tokens(ONE, range(1, 9)), progress.tokens(OTHER))] == [2, 0]

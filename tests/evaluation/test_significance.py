@@ -71,5 +71,6 @@ def test_right_and_wrong_are_told_from_other_scores():
 def test_a_pair_shows_what_two_scores_do_not():
     first, second = answers(120, 9, 0, 121)
     assert of_rights(first, second).p_value < 0.01
-    assert unpaired(first) == pytest.approx(1.959964 * math.sqrt(2 * (129 / 250) * (121 / 250) / 249), rel=1e-5)
-    assert unpaired(first) > 2 * 9 / 250 and math.isnan(unpaired([1]))
+    assert unpaired(first) == pytest.approx(1.959964 * math.sqrt(2 * (130 / 252) * (122 / 252) / 252), rel=1e-5)
+    assert unpaired(first) > 2 * 9 / 250 and unpaired([0] * 50) > 0.05
+    assert unpaired([1, 5]) == pytest.approx(1.959964 * math.sqrt(8)) and math.isnan(unpaired([3]))
