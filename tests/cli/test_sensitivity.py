@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_lowbit.__main__ import main
+from tests import hf_folders
 
 FAST = ["--windows", "2", "--window-length", "48", "--dtype", "fp32", "--tp", "4"]
 
@@ -70,3 +71,11 @@ def test_refuses(argv, message, capsys):
     assert sensitivity(*argv) == 2
     error = capsys.readouterr().err
     assert "error: " in error and message in error and "Traceback" not in error
+
+
+def test_an_encoder_decoder_has_sites_in_both_halves(tmp_path):
+    path = tmp_path / "result.json"
+    assert sensitivity("--model", str(hf_folders.save("t5", tmp_path / "model")), "--json", str(path)) == 0
+    rows = {row["site"]: row for row in json.loads(path.read_text())["rows"]}
+    assert len(rows) == 10 and {"encoder.layers.0.mlp", "layers.1.cross_attention"} < set(rows)
+    assert all(row["sqnr_db"] > 10 for row in rows.values())
