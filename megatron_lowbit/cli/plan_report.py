@@ -42,6 +42,8 @@ def show(job: Job, setting: Setting, other: Subject, result: Result) -> int:
     console.print(_sites(setting, plan, result))
     console.print(_comparison(facts))
     console.print(_words(job, facts), markup=False, soft_wrap=True)
+    for note in job.subject.notes([job.tp]):
+        console.print(f"note: {note}", soft_wrap=True)
     return 0 if facts["holds"] else GATE_FAILED
 
 

@@ -111,9 +111,12 @@ def _show(subject: Subject, result, arguments: argparse.Namespace, windows: int)
     )
     console = Console(highlight=False, emoji=False)
     console.print(_table(title, result.rows))
-    console.print(result.explanation, markup=False)
+    console.print(result.explanation, markup=False, soft_wrap=True)
+    notes = subject.notes([case.tp])
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True)
     if arguments.json:
-        text = json.dumps(facts | made() | {"windows": windows} | result.facts, indent=1)
+        text = json.dumps(facts | made() | {"windows": windows, "notes": notes} | result.facts, indent=1)
         arguments.json.write_text(text + "\n", encoding="utf-8")
     if arguments.plot:
         from ..evaluation.heat_map import heat_map

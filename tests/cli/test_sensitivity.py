@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_lowbit.__main__ import main
+from tests import hf_folders
 
 FAST = ["--windows", "2", "--window-length", "48", "--dtype", "fp32", "--tp", "4"]
 
@@ -51,6 +52,24 @@ def test_by_kind_of_some_sites(results, capsys):
     assert "KL divergence" in capsys.readouterr().out
 
 
+def test_both_halves_of_a_model(tmp_path):
+    folder, path = hf_folders.save("t5", tmp_path / "model"), tmp_path / "result.json"
+    argv = ["--model", str(folder), "--comm", "int2:g32", "--json", str(path), "--plot", str(tmp_path / "a.png")]
+    assert sensitivity(*argv, "--by", "kind") == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["site"] for row in rows} == {
+        "encoder.attention", "encoder.mlp", "attention", "cross_attention", "mlp"
+    }  # fmt: skip
+    assert all(row["kl_mean"] > 0 for row in rows)
+
+
+def test_says_that_no_engine_runs_a_size(results, tmp_path, capsys):
+    argv = ["--tp", "16", "--comm", "int2:g32", "--by", "kind", "--json", str(tmp_path / "d.json")]
+    assert sensitivity(*argv) == 0
+    [note] = json.loads((tmp_path / "d.json").read_text())["notes"]
+    assert "but not 8 attention heads" in note and f"note: {note}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -70,3 +89,11 @@ def test_refuses(argv, message, capsys):
     assert sensitivity(*argv) == 2
     error = capsys.readouterr().err
     assert "error: " in error and message in error and "Traceback" not in error
+
+
+def test_an_encoder_decoder_has_sites_in_both_halves(tmp_path):
+    path = tmp_path / "result.json"
+    assert sensitivity("--model", str(hf_folders.save("t5", tmp_path / "model")), "--json", str(path)) == 0
+    rows = {row["site"]: row for row in json.loads(path.read_text())["rows"]}
+    assert len(rows) == 10 and {"encoder.layers.0.mlp", "layers.1.cross_attention"} < set(rows)
+    assert all(row["sqnr_db"] > 10 for row in rows.values())
