@@ -41,7 +41,7 @@ MEANINGS = {
     "loss": "of perplexity, paired on the same windows",
     "bits": "per value, over all hops",
     "saved": "of the bytes of bf16",
-    "KL mean": "divergence from the exact distribution of the next token, nats",
+    "KL mean": "divergence from the exact distribution of a scored token, nats",
     "KL p99": "what 1 % of the tokens exceed",
     "top-1": "how often both choose alike",
 }

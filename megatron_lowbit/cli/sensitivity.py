@@ -142,7 +142,7 @@ def _table(title: str, rows: Sequence[dict]):
             "-" if sqnr is None else f"{row['kl_mean'] * 10 ** (sqnr / 10):.4f}",
         )
     table.caption = (
-        "KL: from the exact distribution of the next token, nats, rounding of exact sums taken off; SQNR: of the "
+        "KL: from the exact distribution of a scored token, nats, rounding of exact sums taken off; SQNR: of the "
         "reduced sum against the exact one; noise: as a part of the sum's energy"
     )
     return table
