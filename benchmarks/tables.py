@@ -12,12 +12,15 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import accuracy_tables
 import kernel_report
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = ("int8:g128", "gauss5:g256", "int4:g32", "gauss4:g128:trellis", "gauss3:g256", "int2:g32")
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -35,26 +38,53 @@ def measured(result: dict) -> str:
     return f"{m['cpu']}, {m['cores']} cores, torch {m['torch']}, {m['date']}; `{m['command']}`."
 
 
-def accuracy(specs: list[str] | None = None, name: str = "perplexity") -> str:
-    """One row per spec, one column per TP size."""
-    result = load(name)
-    rows = {(r["spec"], r["tp"]): r for r in result["rows"]}
-    tps = sorted({tp for _, tp in rows})
-    lines = []
-    for spec in specs or list(dict.fromkeys(r["spec"] for r in result["rows"])):
-        cells = [f"{rows[spec, tps[0]]['times_fewer_bytes_than_bf16']:.2f}×",
-                 f"{rows[spec, tps[-1]]['times_fewer_bytes_than_bf16']:.2f}×"]  # fmt: skip
-        for tp in tps:
-            row = rows[spec, tp]
-            cells.append(f"{row['loss_percent']:+.2f} % ± {row['loss_percent_standard_error']:.2f}")
-        lines.append([f"`{spec}`", *cells])
-    columns = ["spec", f"fewer bytes than bf16, TP {tps[0]}", f"TP {tps[-1]}", *(f"perplexity, TP {tp}" for tp in tps)]
+def accuracy(what: Callable[[list[dict]], tuple[list[str], list[list[str]]]], only: tuple[str, ...] = ()) -> str:
+    """A table of accuracy_tables.py; of the specs `only`, if any are named."""
+    result = load("accuracy")
+    rows = [row for row in result["rows"] if not only or row["spec"] in only]
+    columns, lines = what(rows)
+    first = rows[0]
     note = (
-        f"`{result['text']}` (SHA-256 `{result['text_sha256'][:12]}…`), the first {result['tokens']:,} tokens, "
-        f"exact perplexity {result['rows'][0]['perplexity_exact']:.2f}; loss with one standard error of the paired "
-        f"difference; TP 2 one-shot, else two-step, simulated bit for bit. {measured(result)}"
+        f"Perplexity above exact ({first['perplexity_exact']:.2f}) with its 95 % interval, KL in thousandths of a nat; "
+        f"`{result['text']}` (SHA-256 `{result['text_sha256'][:12]}…`), {first['tokens']:,} tokens in "
+        f"{first['windows']} windows, {result['dtype']}, simulated bit for bit. {measured(result)}"
     )
     return markdown(columns, lines, note)
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.0005 else "<0.001"
+
+
+def tasks() -> str:
+    """One row per metric and spec, question by question against the exact run."""
+    result = load("tasks")
+    facts = {row["spec"]: row for row in result["perplexity"]}
+    lines = []
+    for r in result["rows"]:
+        right = r["kind"] == "proportion"
+        score, scale, unit = ("{:.1%}", 0.01, "") if right else ("{:,.0f}", r["exact"] / 100, " %")
+        change, low, high = (value / scale for value in (r["change"], *r["change_interval"]))
+        bits = facts[r["spec"]]["bits_per_value"]
+        lines.append([f"{r['task']} {r['metric']}", f"`{r['spec']}`", f"{bits:.2f}", score.format(r["exact"]),
+                      score.format(r["value"]), f"{r['value'] / r['exact']:.1%}", f"{change:+.1f}{unit}",
+                      f"{low:+.1f} … {high:+.1f}{unit}", _p(r["p_value"])])  # fmt: skip
+    counts = {r["task"]: r["samples"] for r in result["rows"]}
+    asked = ", ".join(f"{count} questions of {task}" for task, count in counts.items())
+    note = (
+        f"TP {result['rows'][0]['tp']}, two-step; `{result['text']}` (SHA-256 `{result['tasks_text_sha256'][:12]}…`), "
+        f"{asked}, lm_eval {result['lm_eval']}; changes in points, of perplexities in percent. {measured(result)}"
+    )
+    columns = ["task", "spec", "bits", "exact", "score", "kept", "change", "95 % interval", "p"]
+    return markdown(columns, lines, note)
+
+
+def accuracy_cheapest() -> str:
+    rows = load("accuracy")["rows"]
+    bits = {row["spec"]: row["bits_per_value"] for row in rows}
+    names = ", ".join(f"`{spec}` ({bits[spec]:.4g} bits)" for spec in accuracy_tables.cheapest(rows))
+    limit = f"{accuracy_tables.LOSS:.0%}"
+    return f"Within {limit} with 95 % confidence at every TP size and algorithm, fewest bits first: {names}.\n"
 
 
 def demo() -> str:
@@ -82,6 +112,21 @@ def codecs() -> str:
     return markdown(
         ["spec", "backend", "input", "bits per value", "encode, GB/s", "decode-accumulate, GB/s"], rows, note
     )
+
+
+def evaluating() -> str:
+    """One row per spec, one column per dtype and TP size."""
+    result = load("evaluating")
+    ratio = {(r["spec"], r["dtype"], r["tp"]): r["ratio"] for r in result["rows"]}
+    columns = list(dict.fromkeys((dtype, tp) for _, dtype, tp in ratio))
+    specs = dict.fromkeys(spec for spec, *_ in ratio)
+    lines = [[f"`{spec}`", *(f"{ratio[(spec, *column)]:.2f}×" for column in columns)] for spec in specs]
+    note = (
+        f"Time of one more spec as a multiple of a plain perplexity run; the bundled model, {result['windows']} "
+        f"windows of {result['length']} tokens, {result['threads']} thread; medians of ratios measured in turns, "
+        f"window by window, on a machine that others used too. {measured(result)}"
+    )
+    return markdown(["spec", *(f"{dtype}, TP {tp}" for dtype, tp in columns)], lines, note)
 
 
 def threshold() -> str:
@@ -212,17 +257,48 @@ def kernels_predicted() -> str:
     return markdown(["spec", *(operation.replace("_", "-") for operation in operations)], lines, note)
 
 
+def plan() -> str:
+    """Plans under their budgets, then each spec everywhere, by their bits."""
+    result = load("plan")
+    planned = sorted(
+        (r for r in result["rows"] if r["plan"]), key=lambda r: (r["plan"].split()[0], r["bits_per_value"])
+    )
+    uniform = sorted((r for r in result["rows"] if not r["plan"]), key=lambda r: r["bits_per_value"])
+    rows = []
+    for r in [*planned, *uniform]:
+        kind, _, value = (r["plan"] or "").partition(" ")
+        name = f"`{r['spec']}`" if not kind else f"**plan, at most {value}{' bits' if kind == 'bits' else ''}**"
+        predicted = f"{r['kl_predicted']:.5f}" if "kl_predicted" in r else ""
+        low, high = r["loss_interval"]
+        loss = f"{r['loss']:+.2%} ± {(high - low) / 2:.2%}"
+        kl = f"{r['kl_mean']:.5f} ± {r['kl_error']:.5f}"
+        rows.append([name, f"{r['bits_per_value']:.3f}", f"{r['bytes_per_token']:,.0f}", predicted, kl, loss])
+    held = result["rows"][0]
+    note = (
+        f"{held['windows']} held-out windows of {result['window_length']} tokens of `{result['text']}` (SHA-256 "
+        f"`{result['text_sha256'][:12]}…`); TP {result['tp']}, {result['algorithm']}, {result['dtype']}; KL divergence "
+        f"with its standard error, loss with half of its 95 % interval. {measured(result)}"
+    )
+    return markdown(["", "bits", "bytes per token", "KL predicted", "KL, nats", "perplexity"], rows, note)
+
+
 TABLES = {
-    "accuracy": accuracy,
-    "accuracy-short": lambda: accuracy(["int8:g128", "int6:g64", "int4:g32", "int3:g32", "int2:g32:sym"]),
+    "accuracy": lambda: accuracy(accuracy_tables.losses),
+    "accuracy-short": lambda: accuracy(accuracy_tables.losses, SHORT),
+    "accuracy-kl": lambda: accuracy(accuracy_tables.divergences),
+    "accuracy-goals": lambda: accuracy(accuracy_tables.goals),
+    "accuracy-halves": lambda: accuracy(accuracy_tables.halves),
+    "accuracy-cheapest": accuracy_cheapest,
     "demo": demo,
+    "tasks": tasks,
     "codecs": codecs,
+    "evaluating": evaluating,
     "threshold": threshold,
     "calibration": calibration,
-    "accuracy-codecs": lambda: accuracy(name="perplexity_codecs"),
     "alternatives": alternatives,
     "kernels": kernels,
     "kernels-predicted": kernels_predicted,
+    "plan": plan,
     "quality": quality,
     "quality-model": quality_model,
     "quality-targets": quality_targets,

@@ -8,15 +8,25 @@ import sys
 import traceback
 
 from . import __version__
-from .cli import calibrate, convert, evaluate, generate, run
+from .cli import calibrate, convert, evaluate, generate, plan, run, sensitivity
 from .errors import ConfigError, LowBitError, ModelError
 
-COMMANDS = {"generate": generate, "evaluate": evaluate, "calibrate": calibrate, "convert": convert, "run": run}
+COMMANDS = {
+    "generate": generate,
+    "evaluate": evaluate,
+    "sensitivity": sensitivity,
+    "plan": plan,
+    "calibrate": calibrate,
+    "convert": convert,
+    "run": run,
+}
 EXAMPLES = """examples:
   megatron-lowbit generate --compare                      the bundled model on 2 ranks, exact against compressed
   megatron-lowbit generate --model DIR --tp 4 --comm int4:g32 --prompt "Once upon a time"
   megatron-lowbit generate --engine deepspeed --model DIR --compare
   megatron-lowbit evaluate --model DIR --tp 4 --comm int8:g128 int4:g32   what each costs in accuracy
+  megatron-lowbit sensitivity --model DIR --tp 4 --comm int4:g32          which sites that comes from
+  megatron-lowbit plan --model DIR --tp 4 --budget-perplexity 1% --out plan.json   a spec for each site
   megatron-lowbit calibrate --model DIR --tp 4 --text FILE --out model-tp4.safetensors
   megatron-lowbit convert --hf DIR --megatron DIR --tp 4  a checkpoint for Megatron-LM's own scripts
   torchrun --nproc-per-node 2 -m megatron_lowbit run SCRIPT --lowbit-comm int8:g128 …   an unedited Megatron script

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from . import spec as _spec
 from .calibration_file import Calibration
@@ -13,7 +14,7 @@ from .codecs import Codec, make
 from .errors import ConfigError
 from .plan_file import EXACT, Plan
 
-DEFAULT_SPEC = "int4:g32"  # why: docs/accuracy.md
+DEFAULT_SPEC = "gauss4:g128:trellis"  # fewest bits within 1 % of perplexity: docs/accuracy.md
 PLANNED = "plan"  # what `spec` reads where each site has its own
 ALGORITHMS = ("auto", "one-shot", "two-step", "exact")
 PLANNED_ALGORITHMS = ("hierarchical",)
@@ -23,14 +24,15 @@ PLANNED_ALGORITHMS = ("hierarchical",)
 class CommConfig:
     """How partial sums travel.
 
-    spec: codec of both legs, or "scatter/gather" (see `megatron_lowbit.spec`); None: what the plan says, or int4:g32.
+    spec: codec of both legs, or "scatter/gather" (see `megatron_lowbit.spec`); None: what the plan says, or
+        DEFAULT_SPEC.
     algorithm: "auto", "one-shot", "two-step" or "exact"; of the all-reduce, but "exact" holds for all collectives.
     min_bytes: of the all-reduce; messages of fewer bytes (in their own dtype) go uncompressed. None: the measured
         threshold with "auto", 0 with a named algorithm (who names one has decided).
     sites: glob patterns of the sites to compress, such as "layers.*.mlp"; None: all. Others go exact, and are counted.
     calibration: the file that `megatron-lowbit calibrate` wrote, or a Calibration; for codecs that need to know the
         values of a site (`outliers=`, selective4), and for those only. It is read when the configuration is made.
-    plan: in place of a spec a file that `plan_file.Plan.save` wrote, or a Plan: each site has its own spec there. A
+    plan: in place of a spec a file that `megatron-lowbit plan` wrote, or a Plan: each site has its own spec there. A
         site that it lacks is an error when it is used, unless `sites` leaves it out.
 
     Raises ConfigError naming the wrong value and what is allowed.
@@ -83,7 +85,9 @@ class CommConfig:
         if self.spec not in (None, PLANNED):
             raise ConfigError(f"spec {self.spec!r} and a plan exclude each other, as a plan has its own: give one")
         if not self.plan or not isinstance(self.plan, str | os.PathLike | Plan):
-            raise ConfigError(f"plan is {self.plan!r}: give the name of a plan file, or a Plan")
+            raise ConfigError(
+                f"plan is {self.plan!r}: give the name of a plan file that 'megatron-lowbit plan' wrote, or a Plan"
+            )
         return self.plan if isinstance(self.plan, Plan) else Plan.load(self.plan)
 
     def _load(self) -> Calibration:
@@ -130,14 +134,21 @@ class CommConfig:
         self.planned.check(sites=[site])
         return _spec.parse(self.planned.sites[site])
 
-    def check(self, sites: Iterable[str] = (), tp: int | None = None, fingerprint: str | None = None) -> None:
+    def check(
+        self,
+        sites: Iterable[str] = (),
+        tp: int | None = None,
+        fingerprint: str | None = None,
+        tensors: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Raise ConfigError if the plan or the calibration is for other sites, ranks or another model.
 
+        tensors: the model's, name -> digest, so that the message can say which ones differ from the plan's.
         Sites that are not selected need neither; sites whose spec makes no use of a calibration need none.
         """
         sent = [site for site in sites if self.selects(site)]
         if self.planned is not None:
-            self.planned.check(tp=tp, fingerprint=fingerprint, sites=sent)
+            self.planned.check(tp, fingerprint, sent, tensors)
         if self.calibrated is not None:
             using = [site for site in sent if not self.keeps_exact(site) and self.legs_at(site).calibrated]
             self.calibrated.check(tp=tp, fingerprint=fingerprint, sites=using)

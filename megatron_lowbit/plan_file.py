@@ -1,6 +1,6 @@
 """A plan: which spec travels at which site, and the file that says so.
 
-A plan is made for a model and a TP size; every rank reads it. The file is JSON; docs/evaluate.md has the layout. What a
+A plan is made for a model and a TP size; every rank reads it. The file is JSON; docs/plan.md has the layout. What a
 plan decides is its sites and their specs; all else in the file says where it came from.
 """
 
@@ -77,19 +77,34 @@ class Plan:
         decides = {"format": FORMAT, "version": VERSION, "sites": dict(self.sites)}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
-    def check(self, tp: int | None = None, fingerprint: str | None = None, sites: Iterable[str] | None = None) -> None:
-        """Raise ConfigError naming what differs from what is given; None is not compared."""
+    def check(
+        self,
+        tp: int | None = None,
+        fingerprint: str | None = None,
+        sites: Iterable[str] | None = None,
+        tensors: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Raise ConfigError naming what differs from what is given; None is not compared.
+
+        tensors: the model's, name -> digest (engines/fingerprint.py), for the message about another fingerprint.
+        """
         if tp is not None and tp != self.tp:
-            raise ConfigError(f"{self.name} was made for TP {self.tp}, this group has {tp} ranks: make one for {tp}")
+            raise ConfigError(
+                f"{self.name} was made for TP {self.tp}, this group has {tp} ranks: make one for {tp} "
+                "with 'megatron-lowbit plan'"
+            )
         if fingerprint and self.fingerprint and fingerprint != self.fingerprint:
+            theirs = self.metadata.get("tensors")
+            which = f"; {differing(theirs, tensors)} differ" if isinstance(theirs, Mapping) and tensors else ""
             raise ConfigError(
                 f"{self.name} was made for another model ({self.metadata.get('model', 'unnamed')}, fingerprint "
-                f"{self.fingerprint[:12]}, this one has {fingerprint[:12]}): make one for this model"
+                f"{self.fingerprint[:12]}, this one has {fingerprint[:12]}{which}): make one for this model with "
+                "'megatron-lowbit plan'"
             )
         if missing := [site for site in sites or () if site not in self.sites]:
             raise ConfigError(
-                f"{self.name} lacks {_some(missing)}, and has {_some(list(self.sites))}: make one for this model, or "
-                "select other sites"
+                f"{self.name} lacks {_some(missing)}, and has {_some(list(self.sites))}: make one for this model "
+                "with 'megatron-lowbit plan', or select other sites"
             )
 
     def save(self, path: str | os.PathLike) -> None:
@@ -108,22 +123,29 @@ class Plan:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ConfigError(f"there is no plan file {path}: give one that Plan.save wrote") from None
+            raise ConfigError(f"there is no plan file {path}: make one with 'megatron-lowbit plan'") from None
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
-                f"plan {str(path)[:80]} cannot be read ({error}): write it again with Plan.save"
+                f"plan {str(path)[:80]} cannot be read ({error}): make it again with 'megatron-lowbit plan'"
             ) from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ConfigError(f"{path} is no plan: give a file that Plan.save wrote")
+            raise ConfigError(f"{path} is no plan: give a file that 'megatron-lowbit plan' wrote")
         version = found.get("format_version")
         if type(version) is not int or version != VERSION:
             raise ConfigError(
                 f"{path} has format {version!r}, this one reads {VERSION}: update megatron-lowbit, or make it again"
             )
         if missing := {"sites", "tp", "algorithm"} - found.keys():
-            raise ConfigError(f"plan {path} lacks {', '.join(sorted(missing))}: write it again with Plan.save")
+            raise ConfigError(
+                f"plan {path} lacks {', '.join(sorted(missing))}: make it again with 'megatron-lowbit plan'"
+            )
         sites, tp, algorithm = found.pop("sites"), found.pop("tp"), found.pop("algorithm")
         return cls(sites, tp, algorithm, found, f"plan {path.name}")
+
+
+def differing(one: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """Names of which the values differ or one is missing, the first three and how many more; "" for none."""
+    return _some(sorted(name for name in {*one, *other} if one.get(name) != other.get(name)))
 
 
 def _some(things: Sequence[object], limit: int = 3) -> str:

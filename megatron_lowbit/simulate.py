@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -101,8 +102,10 @@ def all_to_all(
     ]
 
 
+@lru_cache(maxsize=1024)
 def _codec(config: CommConfig, leg: str, site: str | None, world: int) -> Codec:
-    """Rank 0's; `sent_by` makes the others'."""
+    """Rank 0's; `sent_by` makes the others'. Kept, as a calibrated one takes time to make; equal configs have equal
+    digests of all that they read."""
     for statistics in (config.calibrated, config.planned):
         if statistics is not None and world > 1:
             statistics.check(tp=world)
@@ -114,21 +117,35 @@ def _received(x: torch.Tensor, codec: Codec, sender: int, world: int) -> torch.T
     return x if world == 1 else codec.decode(codec.encode(x), x.shape, x.dtype)
 
 
+def _encoded(partials: Sequence[torch.Tensor], codec: Codec) -> torch.Tensor:
+    """Every rank's wire of what is cut alike on all: uint8 [ranks, bytes]."""
+    rows = rows_of(partials[0].shape)
+    wires = partials[0].new_empty((len(partials), codec.wire_nbytes(rows)), dtype=torch.uint8)
+    if wires.numel():
+        for rank, (x, wire) in enumerate(zip(partials, wires, strict=True)):
+            codec.sent_by(rank).encode_rows(x.contiguous().view(rows), wire)
+    return wires
+
+
 def _one_shot(partials, codec):
-    wires = torch.stack([codec.sent_by(rank).encode(x) for rank, x in enumerate(partials)])
+    wires = _encoded(partials, codec)
     out = partials[0].new_empty(partials[0].shape)
     codec.reduce_rows(wires, out.view(rows_of(out.shape)))
     return out
 
 
 def _two_step(partials, scatter, gather):
-    x, world, workspace = partials[0], len(partials), Workspace()
-    shards = layout.shard(x.shape, (scatter, gather), world)
+    """Which rank reduces which rows makes no difference to them: so there are as few shards as memory allows, with the
+    wires of one no larger than a partial sum. Ranks have N of them, and N times N calls of the codec would be slow."""
+    x, workspace = partials[0], Workspace()
+    wires = len(partials) * scatter.wire_nbytes(x.shape)
+    parts = min(len(partials), max(1, -(-wires // max(1, x.nbytes))))
+    shards = layout.shard(x.shape, (scatter, gather), parts)
     slot = max(shards.wire_nbytes(gather))
-    gathered = x.new_empty((world, slot), dtype=torch.uint8)
-    for rank in range(world):
-        wires = torch.stack([scatter.sent_by(peer).encode(shards.of(x, rank)) for peer, x in enumerate(partials)])
-        reduce_shard(wires, shards.shape(rank), scatter, gather, gathered[rank], workspace)
+    gathered = x.new_empty((parts, slot), dtype=torch.uint8)
+    for part in range(parts):
+        wires = _encoded([shards.of(x, part) for x in partials], scatter)
+        reduce_shard(wires, shards.shape(part), scatter, gather, gathered[part], workspace)
     out = torch.empty_like(x)
     decode_shards(gathered, shards, gather, out)
     return out

@@ -28,6 +28,7 @@ T5 = {
     "num_heads": 4,
     "decoder_start_token_id": 0,
 }
+BERT = {key: value for key, value in DECODER.items() if key != "num_key_value_heads"} | {"pad_token_id": 0}
 FOLDERS = {  # name: (model_type, sizes, kind of tokenizer)
     "qwen2 tied": ("qwen2", DECODER | {"tie_word_embeddings": True, "num_key_value_heads": 2}, "byte-level"),
     "llama": ("llama", DECODER, "pieces"),
@@ -36,21 +37,33 @@ FOLDERS = {  # name: (model_type, sizes, kind of tokenizer)
     "gpt_neox": ("gpt_neox", DECODER, "byte-level"),
     "gpt2": ("gpt2", GPT2, "byte-level"),
     "t5": ("t5", T5, "pieces, then end"),
+    "bert": ("bert", BERT | {"max_position_embeddings": 128}, "words"),
+    "roberta": ("roberta", BERT | {"max_position_embeddings": 40, "type_vocab_size": 1}, "words"),
+}
+HEADS = {
+    "t5": "AutoModelForSeq2SeqLM",
+    "bert": "AutoModelForMaskedLM",
+    "roberta": "AutoModelForMaskedLM",
 }
 
 
 def save(name: str, folder: Path) -> Path:
     """Save the model of this name, of random weights in several files with an index, and its tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    import transformers
 
     model_type, sizes, kind = FOLDERS[name]
-    tokenizer = _byte_level() if kind == "byte-level" else _pieces(end=kind == "pieces, then end")
+    made = {
+        "byte-level": _byte_level,
+        "words": _words,
+        "pieces": _pieces,
+        "pieces, then end": lambda: _pieces(end=True),
+    }
+    tokenizer = made[kind]()
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     torch.manual_seed(3)
-    made_by = AutoModelForSeq2SeqLM if model_type == "t5" else AutoModelForCausalLM
-    made_by.from_config(AutoConfig.for_model(model_type, **sizes, **ends)).save_pretrained(
-        folder, max_shard_size="60KB"
-    )
+    head = getattr(transformers, HEADS.get(model_type, "AutoModelForCausalLM"))
+    config = transformers.AutoConfig.for_model(model_type, **(ends | sizes))
+    head.from_config(config).save_pretrained(folder, max_shard_size="60KB")
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -70,7 +83,24 @@ def _byte_level():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>")
 
 
-def _pieces(end: bool):
+def _words():
+    """As BERT's: pieces of words in lower case, a token before a text and one behind it, and one that masks."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(_lines(), trainers.WordPieceTrainer(vocab_size=400, special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def _pieces(end: bool = False):
     """As sentencepiece's in tokenizer.json: words with a mark in front; of Llama a token before, of T5 one behind."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

@@ -45,6 +45,16 @@ def modules_on_disk() -> dict[str, Path]:
     return found
 
 
+def data_on_disk() -> set[str]:
+    """What is no module, as a wheel names it."""
+    return {
+        f"{package.replace('.', '/')}/{file.relative_to(ROOT / folder)}"
+        for folder, package in FOLDERS.items()
+        for file in (ROOT / folder).rglob("*")
+        if file.is_file() and file.suffix != ".py" and file.parent.name != "__pycache__" and file.name[0] != "."
+    }
+
+
 def packages_on_disk() -> list[str]:
     return sorted(name for name, file in modules_on_disk().items() if file.name == "__init__.py")
 
@@ -205,12 +215,12 @@ def test_runs_from_the_source_tree_without_being_installed(tmp_path):
 def test_wheel_holds_and_imports_everything(tmp_path, source):
     pip("wheel", source, "--wheel-dir", tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     packed = {
-        name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-        for name in zipfile.ZipFile(wheel).namelist()
-        if name.endswith(".py")
+        name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in names if name.endswith(".py")
     }
     assert packed == set(modules_on_disk())
+    assert {name for name in names if not name.endswith(".py")} == data_on_disk() != set()
 
     target = tmp_path / "target"
     pip("install", wheel, "--target", target)

@@ -71,6 +71,12 @@ def test_says_what_does_not_fit():
         with pytest.raises(lowbit.ConfigError, match=message):
             plan.check(**facts)
     plan.check(tp=4, fingerprint="a" * 64, sites=["layers.1.mlp"])
+    tensors = {name: "0" for name in "abcdefg"}
+    named = Plan(SITES, tp=4, metadata={"fingerprint": "a" * 64, "tensors": tensors})
+    with pytest.raises(lowbit.ConfigError, match="this one has bbbbbbbbbbbb; a, b, c and 1 more differ.: make one"):
+        named.check(fingerprint="b" * 64, tensors=dict.fromkeys("abch", "1") | dict.fromkeys("defg", "0"))
+    with pytest.raises(lowbit.ConfigError, match="this one has bbbbbbbbbbbb.: make one"):
+        named.check(fingerprint="b" * 64)
 
 
 def test_a_configuration_knows_each_site():

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..config import ALGORITHMS, DEFAULT_SPEC
-from . import calibrations, subject
+from . import calibrations, subject, tasks
 from .evaluate_job import check
 from .evaluate_report import GATE_FAILED
 
@@ -18,6 +18,8 @@ EXAMPLES = """examples:
   megatron-lowbit evaluate --model ~/models/Llama-3.2-1B --text held-out.txt --tp 4 --comm int4:g32 --json now.json
   megatron-lowbit evaluate --comm int4:g32 --baseline earlier.json --fail-above 0.5%      exit code 3 if it got worse
   megatron-lowbit evaluate --tp 8 --comm selective4 --calibration-text other.txt --progress p.safetensors
+  megatron-lowbit evaluate --tp 8 --comm int4:g32 --text held-out.txt --tasks local_cloze,local_choice --task-limit 500
+  megatron-lowbit evaluate --tp 2,8 --comm int8:g128 int4:g32 gauss4:g128 --report report    open report/index.html
 """
 
 
@@ -42,14 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     comm.add_argument("--comm-sites", metavar="GLOB", action="append", help="compress these sites only")
     calibrations.add_arguments(comm)
+    tasks.add_arguments(parser)
     out = parser.add_argument_group("results")
     out.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
     out.add_argument("--plot", type=Path, metavar="PNG", help="draw loss against bits per value")
+    out.add_argument("--report", type=Path, metavar="DIR", help="write a page with tables and plots: DIR/index.html")
+    out.add_argument("--report-sensitivity", type=Path, metavar="FILE", help="sensitivity's --json, for the page")
     out.add_argument("--progress", type=Path, metavar="FILE", help="keep what was found here, and go on from there")
     out.add_argument("--baseline", type=Path, metavar="FILE", help="--json of an earlier run to compare with")
     out.add_argument(
         "--fail-above",
-        type=_percent,
+        type=percent,
         metavar="P%",
         help=f"end with {GATE_FAILED} if perplexity is higher by more: than the baseline's, or else than exact",
     )
@@ -62,7 +67,8 @@ def _sizes(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 2,4,8") from None
 
 
-def _percent(text: str) -> float:
+def percent(text: str) -> float:
+    """1% -> 0.01, for argparse."""
     try:
         return float(text.removesuffix("%")) / 100
     except ValueError:
@@ -72,13 +78,22 @@ def _percent(text: str) -> float:
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, evaluate all cases, report. Returns the exit code: 3 if the gate fails."""
     from ..evaluation.gate import Gate
-    from . import evaluate_report
+    from . import evaluate_page, evaluate_report, tasks_report
     from .evaluating import evaluated
 
     job = check(arguments)
     of = job.subject
     windows = of.windows  # first: a text that is too short is said before anything takes long
     gate = Gate.load(job.baseline, job.fail_above, of.digests) if job.fail_above is not None else None
-    cases = job.cases(job.calibrations.made(of, job.tps))
+    if job.tasks:
+        job.tasks.ready(job.calibrations)
+    calibrations = job.calibrations.made(of, job.tps)
+    cases = job.cases(calibrations)
     rows = evaluate_report.rows(evaluated(of, cases, windows, job.progress), of.features)
-    return evaluate_report.show(job, rows, gate)
+    answers = job.tasks and job.tasks.answers(cases, job.progress)
+    if job.report:
+        evaluate_page.write(job, rows, calibrations, tasks_report.rows(answers.found) if answers else ())
+    code = evaluate_report.show(job, rows, gate, answers)
+    if answers:
+        answers.check()  # when everything else has been shown and written
+    return code

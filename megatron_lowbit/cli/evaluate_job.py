@@ -13,11 +13,12 @@ from ..config import ALGORITHMS, DEFAULT_SPEC, CommConfig
 from ..errors import ConfigError
 from ..evaluation.cases import Case
 from ..spec import parse
-from . import launch
+from . import evaluate_page, launch
 from .calibrations import Calibrations
 from .files import check_output
 from .job import EXACT
 from .subject import Subject
+from .tasks import Tasks
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,12 @@ class Job:
     algorithms: tuple[str, ...]
     sites: tuple[str, ...] | None
     calibrations: Calibrations
+    tasks: Tasks | None
     json: Path | None
     plot: Path | None
+    report: Path | None
+    sensitivity: dict | None  # for the report
+    command: str
     progress: Path | None
     baseline: Path | None
     fail_above: float | None
@@ -72,16 +77,22 @@ def check(arguments: argparse.Namespace) -> Job:
         from ..calibration.plot import check_installed
 
         check_installed()
+    evaluate_page.check(arguments)
+    subject = Subject.check(arguments)
     return Job(
-        Subject.check(arguments),
+        subject,
         tuple(arguments.tp),
         specs,
         plans,
         tuple(arguments.comm_algorithm),
         arguments.comm_sites and tuple(arguments.comm_sites),
         Calibrations.check(arguments, specs, arguments.tp, bool(plans)),
+        Tasks.check(arguments, subject),
         arguments.json,
         arguments.plot,
+        arguments.report,
+        evaluate_page.sensitivity(arguments.report_sensitivity, subject.folder.folder),
+        evaluate_page.command(arguments),
         arguments.progress,
         arguments.baseline,
         arguments.fail_above,

@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..evaluation.cases import Case
 from ..evaluation.gate import Gate
 from ..evaluation.metrics import Tokens, summary
+from ..evaluation.verdict import name, saving
+from . import tasks_report
 
 if TYPE_CHECKING:
     from .evaluate_job import Job
+    from .tasks import Answers
 
 GATE_FAILED = 3  # exit code
+COLUMNS: dict[str, Callable[[dict], str]] = {
+    "TP": lambda row: str(row["tp"]),
+    "spec": name,
+    "algorithm": lambda row: row["algorithm"],
+    "bits": lambda row: f"{row['bits_per_value']:.2f}",
+    "saved": lambda row: f"{1 - 1 / saving(row):.0%}",
+    "perplexity": lambda row: f"{row['perplexity']:.2f}",
+    "loss": lambda row: f"{row['loss']:+.2%}",
+    "± 95 %": lambda row: f"{(row['loss_interval'][1] - row['loss_interval'][0]) / 2:.2%}",
+    "KL mean": lambda row: f"{row['kl_mean']:.5f}",
+    "KL p99": lambda row: f"{row['kl_p99']:.4f}",
+    "top-1": lambda row: f"{row['top1_agreement']:.1%}",
+}
+MEANINGS = {
+    "loss": "of perplexity, paired on the same windows",
+    "bits": "per value, over all hops",
+    "saved": "of the bytes of bf16",
+    "KL mean": "divergence from the exact distribution of a scored token, nats",
+    "KL p99": "what 1 % of the tokens exceed",
+    "top-1": "how often both choose alike",
+}
+DISPENSABLE = ("saved", "KL p99", "perplexity", "top-1", "KL mean")  # the first goes first
 
 
 def rows(found: Mapping[Case, Sequence[Tokens]], features: Mapping[str, int]) -> list[dict]:
@@ -41,13 +67,20 @@ def rows(found: Mapping[Case, Sequence[Tokens]], features: Mapping[str, int]) ->
     ]
 
 
-def show(job: Job, rows: Sequence[dict], gate: Gate | None) -> int:
-    """Print the table, write what was asked for -> the exit code."""
+def show(job: Job, rows: Sequence[dict], gate: Gate | None, answers: Answers | None = None) -> int:
+    """Print the tables, write what was asked for -> the exit code."""
     facts = job.subject.facts
     console = Console(highlight=False, emoji=False)
-    console.print(_table(facts, rows))
+    console.print(table(facts, rows, console))
+    notes = job.subject.notes(row["tp"] for row in rows)
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    found = {"rows": list(rows), "notes": notes}
+    if answers:
+        found |= {"tasks": tasks_report.rows(answers.found)} | answers.facts
+        tasks_report.show(console, found["tasks"])
     if job.json:
-        text = json.dumps(facts | made() | {"rows": list(rows), "tensors": job.subject.digests}, indent=1)
+        text = json.dumps(facts | made() | found | {"tensors": job.subject.digests}, indent=1)
         job.json.write_text(text + "\n", encoding="utf-8")
     if job.plot:
         from ..evaluation.plot import plot
@@ -68,28 +101,35 @@ def made() -> dict[str, str]:
     return {"megatron_lowbit": __version__, "torch": torch.__version__, "date": date.today().isoformat()}
 
 
-def _table(facts: Mapping[str, str], rows: Sequence[dict]) -> Table:
+def table(facts: Mapping[str, str], rows: Sequence[dict], console: Console) -> Table:
+    """All rows; of the columns, as many as the console has room for. A spec is never cut."""
+    columns = dict(COLUMNS)
+    if len({row["tp"] for row in rows}) == len({(row["tp"], row["algorithm"]) for row in rows}):
+        del columns["algorithm"]  # the TP size says it
+    found, left_out = _filled(columns, rows), []
+    unbounded = console.options.update(max_width=10 * console.width)
+    for column in DISPENSABLE:
+        if console.measure(found, options=unbounded).maximum <= console.width:
+            break
+        del columns[column]
+        left_out.append(column)
+        found = _filled(columns, rows)
     text = f"{rows[0]['tokens']:,} tokens of {rows[0]['windows']} windows"
-    title = f"{facts['model']} on {facts['text']}, {text}, {facts['dtype']}"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("TP", "spec", "bits", "perplexity", "loss", "± 95 %", "KL mean", "KL p99", "top-1"):
-        table.add_column(column, justify="left" if column == "spec" else "right", no_wrap=column != "spec")
+    found.title = escape(f"{facts['model']} on {facts['text']}, {text}, {facts['dtype']}")
+    meanings = [f"exact: {rows[0]['perplexity_exact']:.3f}"]
+    meanings += [f"{column}: {meaning}" for column, meaning in MEANINGS.items() if column not in left_out]
+    if left_out:
+        meanings.append(f"left out, as the terminal is narrow: {', '.join(left_out)}")
+    found.caption = "; ".join(meanings)
+    return found
+
+
+def _filled(columns: Mapping[str, Callable[[dict], str]], rows: Sequence[dict]) -> Table:
+    found = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
+    for column in columns:
+        left = column in ("spec", "algorithm")
+        found.add_column(column, justify="left" if left else "right", no_wrap=column != "spec", overflow="fold")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
-        low, high = row["loss_interval"]
-        table.add_row(
-            str(row["tp"]),
-            row["plan"] or row["spec"],
-            f"{row['bits_per_value']:.2f}",
-            f"{row['perplexity']:.2f}",
-            f"{row['loss']:+.2%}",
-            f"{(high - low) / 2:.2%}",
-            f"{row['kl_mean']:.5f}",
-            f"{row['kl_p99']:.4f}",
-            f"{row['top1_agreement']:.1%}",
-            end_section=following is not None and following["tp"] != row["tp"],
-        )
-    table.caption = (
-        f"exact: {rows[0]['perplexity_exact']:.3f}. loss: of perplexity, paired on the same windows; bits: per value, "
-        "over all hops; KL: from the exact distribution of the next token, nats; top-1: how often both choose alike"
-    )
-    return table
+        last = following is not None and following["tp"] != row["tp"]
+        found.add_row(*(escape(cell(row)) for cell in columns.values()), end_section=last)
+    return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,9 +60,7 @@ class Subject:
         from ..engines.hf_folder import read_folder
 
         model = bundled(arguments.model, "model", "--model DIR")
-        folder = read_folder(model, trust_of(arguments))
-        if not folder.scores:
-            raise ModelError(f"{model} is an encoder-decoder, and a text alone has no perplexity: use a causal model")
+        folder = read_folder(model, trust_of(arguments), encoders=True)
         import torch
 
         positions, length = folder.max_positions, arguments.window_length
@@ -71,6 +70,13 @@ class Subject:
         dtype = DTYPES[arguments.dtype] and getattr(torch, DTYPES[arguments.dtype])
         path = arguments.text or bundled(None, "sample_text.txt", "--text FILE")
         return cls(folder, dtype, path, arguments.windows, arguments.most_windows, length, arguments.stride)
+
+    def reading(self, path: Path, count: int | None, most: int) -> Subject:
+        """The same model with other windows: of the text at `path`, `count` or at most `most`."""
+        other = replace(self, path=path, count=count, most=most)
+        same = ("model", "tokenizer", "features", "digests", *(("text",) if path == self.path else ()))
+        vars(other).update({name: vars(self)[name] for name in same if name in vars(self)})
+        return other
 
     @cached_property
     def text(self) -> str:
@@ -91,15 +97,39 @@ class Subject:
     @property
     def prefix(self) -> list[int]:
         """What the tokenizer puts in front of every text."""
-        return self.tokenizer("")["input_ids"]
+        return self._special[0]
+
+    @cached_property
+    def _special(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts in front of every text, and behind it."""
+        text = self.tokens("a")
+        whole = self.tokenizer("a")["input_ids"]
+        start = next((n for n in range(len(whole)) if whole[n : n + len(text)] == text), len(whole))
+        return whole[:start], whole[start + len(text) :]
 
     @cached_property
     def windows(self) -> list[Window]:
-        """Raises ConfigError if the text has fewer than were asked for."""
-        from ..evaluation.windows import consecutive
+        """Raises ConfigError if the text has fewer than were asked for, ModelError for a tokenizer that lacks a token
+        which questions need."""
+        from ..evaluation.windows import consecutive, continued, masked
 
-        found = consecutive(self.tokens(self.text), self.length, self.stride, self.count, self.prefix)
+        how = self.tokens(self.text), self.length, self.stride, self.count
+        if self.folder.predicts == "next":
+            found = consecutive(*how, self.prefix)
+        elif self.folder.predicts == "masked":
+            mask, spared = self._token("mask_token_id"), self.tokenizer.all_special_ids
+            found = masked(*how, *self._special, mask=mask, spared=spared)
+        else:
+            found = continued(*how, *self._special, start=self._token("decoder_start_token_id"))
         return found[: self.count or self.most]
+
+    def _token(self, name: str) -> int:
+        """A special token, which the tokenizer knows or the model's config."""
+        found = getattr(self.tokenizer, name, None)
+        found = getattr(self.folder.config, name, None) if found is None else found
+        if found is None:
+            raise ModelError(f"{self.folder.folder} says no {name}, without which it predicts nothing: add it there")
+        return found
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -126,9 +156,20 @@ class Subject:
 
         return features(self.model)
 
+    def notes(self, tps: Iterable[int]) -> list[str]:
+        """What a reader of results at these TP sizes must know."""
+        uneven = {tp: self.folder.uneven_heads(tp) for tp in sorted(set(tps))}
+        return [
+            f"TP {tp} divides the features of every site, but not {heads}: no engine here runs it; what is said of it "
+            "is what such sums would lose"
+            for tp, heads in uneven.items()
+            if heads
+        ]
+
     @cached_property
     def facts(self) -> dict[str, str]:
         """What results depend on beside the case; names, never paths."""
+        from .. import __version__
         from ..engines.fingerprint import fingerprint
 
         return {
@@ -139,4 +180,6 @@ class Subject:
             "window_length": str(self.length),
             "stride": str(self.stride or self.length),
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "predicts": self.folder.predicts,
+            "megatron_lowbit": __version__,
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,8 @@ Keep = Callable[[torch.nn.Module, str, torch.nn.Module], bool]
 
 @dataclass(frozen=True)
 class HfFolder:
-    """`sizes`: what the ranks share, such as {"attention heads": 8}. `kind`: the Auto class that loads the model."""
+    """`sizes`: what the ranks share, such as {"attention heads": 8}. `kind`: the Auto class that loads the model.
+    `predicts`: what it says of a text: "next" tokens, "masked" ones, or how it is "continued" (an encoder-decoder)."""
 
     folder: Path
     config: Any
@@ -35,12 +36,16 @@ class HfFolder:
     sites: tuple[str, ...]
     vocab: int
     max_positions: int | None
-    encoder_decoder: bool
+    predicts: str
     sizes: dict[str, int] = field(default_factory=dict)
     trust: Trust = UNTRUSTED
     obstacle: str = ""  # why more than one rank cannot share it
 
     DTYPES: ClassVar = (torch.float32, torch.float16, torch.bfloat16)
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return self.predicts == "continued"
 
     @property
     def scores(self) -> bool:
@@ -50,11 +55,18 @@ class HfFolder:
         """Raises ModelError unless `tp` divides the heads and the features that the ranks share."""
         if tp > 1 and self.obstacle:
             raise ModelError(self.obstacle)
-        uneven = [f"{size} {what}" for what, size in self.sizes.items() if tp < 1 or size % tp]
+        uneven = self._uneven(tp, self.sizes)
         if uneven:
             common = math.gcd(*self.sizes.values())
             possible = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
             raise ModelError(f"TP={tp} does not divide {' and '.join(uneven)}; possible TP sizes: {possible}")
+
+    def uneven_heads(self, tp: int) -> str:
+        """Which heads `tp` ranks cannot share evenly, in words, or ""."""
+        return " and ".join(self._uneven(tp, [what for what in self.sizes if what.endswith("heads")]))
+
+    def _uneven(self, tp: int, names: Iterable[str]) -> list[str]:
+        return [f"{self.sizes[name]} {name}" for name in names if tp < 1 or self.sizes[name] % tp]
 
     def load(self, dtype: torch.dtype | None = None, **options: Any) -> torch.nn.Module:
         """The model in `dtype` (default: the checkpoint's), ready to run. Raises ModelError for what does not fit."""
@@ -81,9 +93,11 @@ class HfFolder:
         for what in ("missing_keys", "mismatched_keys"):  # Transformers would go on with random weights
             if names := sorted(map(str, found[what])):
                 more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+                remedy = "download the model again"
+                if self.predicts == "masked":
+                    remedy += ", or one with its masked-language-model head if this is an encoder alone"
                 raise ModelError(
-                    f"{self.folder} lacks {', '.join(names[:3])}{more}, which a {type(model).__name__} has; "
-                    "download the model again"
+                    f"{self.folder} lacks {', '.join(names[:3])}{more}, which a {type(model).__name__} has; {remedy}"
                 )
         return model.eval()
 
@@ -97,10 +111,12 @@ def read_folder(
     trust: Trust = UNTRUSTED,
     keep: Keep = lambda *_: True,
     obstacle: Callable[[torch.nn.Module], str] = lambda _: "",
+    encoders: bool = False,
 ) -> HfFolder:
     """Checks a folder and reads what is known of its model. Raises ModelError for what cannot generate text here.
 
-    `obstacle`: of a model without weights, why more than one rank cannot share it, or "".
+    `obstacle`: of a model without weights, why more than one rank cannot share it, or "". `encoders`: take these too,
+    which predict masked tokens.
     """
     folder = Path(folder)
     path, raw = read_config_json(folder)
@@ -111,7 +127,7 @@ def read_folder(
     text = config.get_text_config()
     _check_weights(folder, trust)
     with hushed():
-        kind = _kind(config, path, trust)
+        predicts, kind = _kind(config, path, trust, encoders)
         model = _skeleton(kind, config, path, trust)
     from ..patches.hf.sites import named
 
@@ -122,8 +138,8 @@ def read_folder(
         kind,
         tuple(rows),
         text.vocab_size,
-        getattr(text, "max_position_embeddings", None),
-        bool(config.is_encoder_decoder),
+        _positions(text, model),
+        predicts,
         _sizes(text, rows),
         trust,
         obstacle(model),
@@ -168,24 +184,26 @@ def _has_safetensors(folder: Path) -> bool:
     return (folder / "model.safetensors.index.json").is_file() or (folder / "model.safetensors").is_file()
 
 
-def _kind(config: Any, path: Path, trust: Trust) -> Any:
-    """The Auto class of a model that generates text. Raises ModelError for one that does not."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+def _kind(config: Any, path: Path, trust: Trust, encoders: bool) -> tuple[str, Any]:
+    """What it predicts, and the Auto class of such models. Raises ModelError for one that generates no text."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
     if config.is_encoder_decoder:
-        kind = AutoModelForSeq2SeqLM
+        predicts, kind = "continued", AutoModelForSeq2SeqLM
     elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        if encoders:
+            return "masked", AutoModelForMaskedLM
         raise ModelError(
             f"{path}: a {config.model_type} is an encoder, which generates no text; examples/bert_embeddings.py "
             "compares embeddings"
         )
     else:
-        kind = AutoModelForCausalLM
+        predicts, kind = "next", AutoModelForCausalLM
     remote = trust.remote_code and kind.__name__ in getattr(config, "auto_map", {})
     if type(config) not in kind._model_mapping and not remote:
         raise ModelError(f"{path}: Transformers has no text-generating model of type {config.model_type}; use another")
-    return kind
+    return predicts, kind
 
 
 def _skeleton(kind: Any, config: Any, path: Path, trust: Trust) -> torch.nn.Module:
@@ -194,6 +212,14 @@ def _skeleton(kind: Any, config: Any, path: Path, trust: Trust) -> torch.nn.Modu
             return kind.from_config(config, trust_remote_code=trust.remote_code)
     except Exception as error:  # whatever a model's constructor makes of values that do not fit together
         raise ModelError(f"{path} describes no model that can be built ({error}); download it again") from error
+
+
+def _positions(config: Any, model: torch.nn.Module) -> int | None:
+    """How many tokens a text may have. RoBERTa and its like count from behind the padding's position."""
+    positions = getattr(config, "max_position_embeddings", None)
+    tables = (part for path, part in model.named_modules() if path.endswith("embeddings.position_embeddings"))
+    padding = next((table.padding_idx for table in tables if isinstance(table, torch.nn.Embedding)), None)
+    return positions if positions is None or padding is None else positions - padding - 1
 
 
 def _sizes(config: Any, rows: dict[str, torch.nn.Module]) -> dict[str, int]:

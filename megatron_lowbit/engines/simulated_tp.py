@@ -9,6 +9,7 @@ lists the layers of each family.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from torch.nn.functional import linear as product
 
 from ..errors import ModelError
 from ..patches.hf.policies import POLICIES
-from ..patches.hf.sites import named
+from ..patches.hf.sites import half_found, named, policy_of
 
 Reduce = Callable[[str, list[torch.Tensor]], torch.Tensor]
 """(site, one partial sum [..., features] per rank, in rank order) -> their sum, of the same shape and dtype."""
@@ -28,7 +29,7 @@ def row_parallel(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Site -> the layer, or all experts of one, whose outputs are partial sums there, in the order of the modules.
 
     Where each expert is a layer of its own, as in Transformers 4, they share a site, and the last one stands for them.
-    Raises ModelError for a model without any.
+    Raises ModelError for a model without any, and for one of a family without a policy where they were half found.
     """
     return dict(_row_parallel(model))
 
@@ -40,6 +41,11 @@ def _row_parallel(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
             f"{type(model).__name__} has no row-parallel layer of a name that is known: use a Transformers model of a "
             f"family in patches/hf/policies.py, such as {', '.join(POLICIES)}"
         )
+    if policy_of(model) is None and (half := half_found(site for site, _ in layers)):
+        raise ModelError(
+            f"{type(model).__name__}: {half}, so the others would stay whole; add its model type to POLICIES of "
+            "patches/hf/policies.py"
+        )
     return layers
 
 
@@ -47,13 +53,10 @@ def _row_parallel(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 def simulated_tp(model: torch.nn.Module, tp: int, reduce: Reduce) -> Iterator[None]:
     """Within the context, `model` computes what `tp` ranks would that reduce their partial sums with `reduce`.
 
-    Raises ModelError if `tp` does not divide the input features of a layer.
+    Raises ModelError as `check_tp` does.
     """
     layers = _row_parallel(model)
-    for site, layer in layers:
-        entering = _features(layer)
-        if tp < 1 or entering % tp:
-            raise ModelError(f"TP={tp} does not divide the {entering} features that enter {site}; use another")
+    _check_tp(layers, tp)
     before = [vars(layer).get("forward") for _, layer in layers]
     try:
         for site, layer in layers:
@@ -65,6 +68,24 @@ def simulated_tp(model: torch.nn.Module, tp: int, reduce: Reduce) -> Iterator[No
             vars(layer).pop("forward", None)
             if forward is not None:
                 layer.forward = forward
+
+
+def check_tp(model: torch.nn.Module, tp: int) -> None:
+    """Raise ModelError naming the layer whose input features `tp` does not divide, and the sizes that divide all."""
+    _check_tp(_row_parallel(model), tp)
+
+
+def _check_tp(layers: list[tuple[str, torch.nn.Module]], tp: int) -> None:
+    for site, layer in layers:
+        entering = _features(layer)
+        if tp < 1 or entering % tp:
+            common = math.gcd(*(_features(layer) for _, layer in layers))
+            possible = [str(n) for n in range(2, common + 1) if common % n == 0]
+            more = f" … {possible[-1]}" if len(possible) > 8 else ""
+            raise ModelError(
+                f"TP={tp} does not divide the {entering} features that enter {site}; possible TP sizes: "
+                f"{', '.join(possible[:8]) or 'none'}{more}"
+            )
 
 
 def features(model: torch.nn.Module) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..plan_file import differing
 
 SAME = ("spec", "tp", "algorithm", "plan_digest")  # what makes a row the same case
 
@@ -34,11 +35,10 @@ class Gate:
             baseline = tuple({name: row[name] for name in (*SAME, "perplexity")} for row in rows)
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise ConfigError(f"--baseline {path} is no --json of evaluate ({error!r}): make it again") from error
-        if differing := sorted(name for name in {*tensors, *digests} if tensors.get(name) != digests.get(name)):
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        if names := differing(tensors, digests):
             raise ConfigError(
-                f"--baseline {path} is of another model: {', '.join(differing[:3])}{more} differ; evaluate that model, "
-                "or make a baseline of this one"
+                f"--baseline {path} is of another model: {names} differ; evaluate that model, or make a baseline of "
+                "this one"
             )
         return cls(limit, baseline)
 

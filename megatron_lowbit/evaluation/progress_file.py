@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
+
+import torch
 
 from .. import whole_file
 from ..errors import ConfigError
@@ -28,7 +30,7 @@ class Progress:
     """
 
     def __init__(self, path: Path | None, facts: Mapping[str, str]) -> None:
-        self._path, self._facts, self._found = path, dict(facts), {}
+        self._path, self._facts, self._found, self._slabs = path, dict(facts), {}, _Slabs()
         self._saved = time.monotonic()
         if path is not None and path.exists():
             self._load()
@@ -37,14 +39,14 @@ class Progress:
         return (case.key, window) in self._found
 
     def add(self, case: Case, window: int, tokens: Tokens) -> None:
-        self._found[case.key, window] = tokens
+        self._found[case.key, window] = self._slabs.kept(tokens)
         if time.monotonic() - self._saved > SECONDS:
             self.save()
 
-    def tokens(self, case: Case) -> list[Tokens]:
-        """Those of the case's windows, in order."""
+    def tokens(self, case: Case, windows: Iterable[int] | None = None) -> list[Tokens]:
+        """Those of the case's windows, in order; windows: of these only, as far as they are there."""
         own = {window: tokens for (key, window), tokens in self._found.items() if key == case.key}
-        return [own[window] for window in sorted(own)]
+        return [own[window] for window in (sorted(own) if windows is None else windows) if window in own]
 
     def __enter__(self) -> Progress:
         return self
@@ -85,7 +87,30 @@ class Progress:
                     f"{self._path} is of another evaluation: its {name} is {metadata.get(name)!r}, now {value!r}; give "
                     "another file, or remove it to begin anew"
                 )
-        cases = json.loads(metadata["cases"])
-        for key in {name.rpartition(".")[0] for name in tensors}:
-            index, window = map(int, key.split("."))
-            self._found[cases[index], window] = Tokens(*(tensors[f"{key}.{field.name}"] for field in fields(Tokens)))
+        try:
+            cases = json.loads(metadata["cases"])
+            for key in {name.rpartition(".")[0] for name in tensors}:
+                index, window = map(int, key.split("."))
+                found = Tokens(*(tensors[f"{key}.{field.name}"] for field in fields(Tokens)))
+                self._found[cases[index], window] = found
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise ConfigError(f"{self._path} is damaged ({error!r}): remove it to begin anew") from error
+
+
+class _Slabs:
+    """Copies of figures, side by side in large blocks. On the heap, a few kB that stay behind between the logits of one
+    run and those of the next keep the allocator from reusing the room of the logits: 6 MB more for every run."""
+
+    SIZE = 1 << 23  # of fp32: 32 MiB, which glibc never puts on the heap; a page is used when it is written
+
+    def __init__(self) -> None:
+        self._rest = torch.empty(0)
+
+    def kept(self, tokens: Tokens) -> Tokens:
+        return Tokens(*(self._copy(getattr(tokens, field.name)) for field in fields(Tokens)))
+
+    def _copy(self, values: torch.Tensor) -> torch.Tensor:
+        if len(self._rest) < len(values):
+            self._rest = torch.empty(max(self.SIZE, len(values)))
+        copy, self._rest = self._rest.split([len(values), len(self._rest) - len(values)])
+        return copy.copy_(values)

@@ -6,6 +6,7 @@ case and forgotten. What remains is a few numbers per token (metrics.py).
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,7 +16,7 @@ from .. import simulate
 from ..engines.simulated_tp import simulated_tp
 from ..errors import ModelError
 from .cases import Case
-from .metrics import Tokens, compare
+from .metrics import ROWS, Tokens, compare
 from .windows import Window
 
 
@@ -28,37 +29,42 @@ def evaluate(
 ) -> Iterator[tuple[int, Case, Tokens]]:
     """(number of the window, case, what its scored tokens tell) of all windows and cases but those that are `done`.
 
-    model: a causal language model of Transformers on its device, in evaluation mode. Raises ModelError naming the site
-    where it began if a case's logits are not finite, or if the exact ones already are not.
+    model: of Transformers with its head, on its device, in evaluation mode; windows: of the kind that it can predict.
+    Raises ModelError naming the site where it began if a case's logits are not finite, or if the exact ones already are
+    not.
     """
     device = next(model.parameters()).device
     for number, window in enumerate(windows):
         todo = [case for case in cases if not done(case, number)]
         if not todo:
             continue
-        ids = window.ids.to(device)
-        scored, targets = slice(window.first - 1, -1), ids[window.first :]
-        exact = _logits(model, ids)[scored]
-        if not exact.isfinite().all():
+        targets, exact = window.targets.to(device), predictions(model, window)
+        if not all(logits.isfinite().all() for logits in exact.split(ROWS)):
             raise ModelError(f"window {number}: the model's own logits are not finite; evaluate it in fp32, or mend it")
         for case in todo:
             with simulated_tp(model, case.tp, _reduce(case)):
-                logits = _logits(model, ids)[scored]
-            tokens = compare(exact, logits, targets)
+                tokens = compare(exact, predictions(model, window), targets)
             if not math.isfinite(tokens.nll.sum().item()):
-                raise ModelError(f"window {number}, {case.config.spec}, TP={case.tp}: {_blame(model, ids, case)}")
+                raise ModelError(f"window {number}, {case.config.spec}, TP={case.tp}: {_blame(model, window, case)}")
             yield number, case, Tokens(*(getattr(tokens, name).cpu() for name in Tokens.__dataclass_fields__))
 
 
-def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids[None], use_cache=False).logits[0]
+def predictions(model: torch.nn.Module, window: Window) -> torch.Tensor:
+    """Logits [scored, vocabulary] of a window, in the model's dtype."""
+    known = inspect.signature(model.forward).parameters
+    constant = {"use_cache": False} if "use_cache" in known else {}  # an encoder has none
+    logits = model(**window.inputs(next(model.parameters()).device), **constant).logits[0]
+    first, last = window.positions[[0, -1]].tolist()
+    if last - first + 1 == window.scored:
+        return logits[first : last + 1]  # no copy of what can be gigabytes
+    return logits[window.positions.to(logits.device)]
 
 
 def _reduce(case: Case):
     return lambda site, partials: simulate.reduced(partials, case.config, site)
 
 
-def _blame(model: torch.nn.Module, ids: torch.Tensor, case: Case) -> str:
+def _blame(model: torch.nn.Module, window: Window, case: Case) -> str:
     """Where the first value came from that is not finite."""
     first: list[str] = []
 
@@ -72,6 +78,6 @@ def _blame(model: torch.nn.Module, ids: torch.Tensor, case: Case) -> str:
         return total
 
     with simulated_tp(model, case.tp, reduce):
-        _logits(model, ids)
+        predictions(model, window)
     where = first[0] if first else "behind the last site"
     return f"the loss is not finite; it began {where}. Leave that site exact with --comm-sites, or use another spec"

@@ -13,7 +13,7 @@ import warnings
 import torch
 
 from megatron_lowbit.errors import ModelError
-from megatron_lowbit.patches.hf.sites import named, policy_of
+from megatron_lowbit.patches.hf.sites import half_found, named, policy_of
 
 from . import families
 
@@ -30,7 +30,8 @@ def prepare(model: torch.nn.Module, tp_size: int) -> InjectionPolicy:
     if not rows:
         raise ModelError(f"no row-parallel layer in {type(model).__name__}: {_found(model)}")
     if policy_of(model) is None:
-        _check_guess(model, {site for site, _, _ in rows})
+        if half := half_found(site for site, _, _ in rows):
+            raise ModelError(f"{half}: {_found(model)}")
         _check_norms(model, rows)
     _check_sizes(model, tp_size, rows)
     families.repair(model)
@@ -49,16 +50,6 @@ def _split(path: str) -> tuple[str, list[str]]:
     parts = path.split(".")
     at = next(i for i, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: at + 1]), parts[at + 1 :]
-
-
-def _check_guess(model: torch.nn.Module, sites: set[str]) -> None:
-    layers = {site.rsplit(".", 1)[0].removesuffix(".moe") for site in sites}
-    for layer in sorted(layers):
-        kinds = {site.removeprefix(f"{layer}.") for site in sites if site.startswith(f"{layer}.")}
-        if "attention" not in kinds or kinds <= {"attention", "cross_attention"}:
-            raise ModelError(
-                f"of {layer} only {', '.join(sorted(kinds))} has a usual name for a row-parallel layer: {_found(model)}"
-            )
 
 
 def _check_norms(model: torch.nn.Module, rows: list[tuple[str, str, torch.nn.Module]]) -> None:

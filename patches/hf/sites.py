@@ -11,7 +11,7 @@ objects by then, has the same sites as before.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -64,6 +64,19 @@ def site_of(model: torch.nn.Module, path: str) -> str:
         return path
     part = policy and _part(match["within"], policy.rows)
     return _site(match, part or _guess(match["within"]), model)
+
+
+def half_found(sites: Iterable[str]) -> str | None:
+    """Of sites that were found by their names: the first layer without one for its attention or for its MLP, in words.
+
+    Each transformer layer sums twice, so what the other layer is called is not known.
+    """
+    sites = set(sites)
+    for layer in sorted({site.rsplit(".", 1)[0].removesuffix(".moe") for site in sites}):
+        kinds = {site.removeprefix(f"{layer}.") for site in sites if site.startswith(f"{layer}.")}
+        if "attention" not in kinds or kinds <= {"attention", "cross_attention"}:
+            return f"of {layer} only {', '.join(sorted(kinds))} has a usual name for a row-parallel layer"
+    return None
 
 
 def _in_layer(model: torch.nn.Module, match: re.Match, policy: Policy) -> bool:

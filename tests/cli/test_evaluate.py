@@ -2,12 +2,19 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from safetensors import safe_open
 
 from megatron_lowbit.__main__ import main
 from megatron_lowbit.cli.files import BUNDLED
+from megatron_lowbit.engines.fingerprint import tensor_digests
 from megatron_lowbit.plan_file import Plan
+from tests import hf_folders
 
 FAST = ["--windows", "2", "--window-length", "64", "--dtype", "fp32"]
 SITES = [f"layers.{i}.{kind}" for i in range(6) for kind in ("attention", "mlp")]
@@ -71,6 +78,60 @@ def test_the_gate(results, capsys):
     assert "too much worse: int2:g32:sym, TP 4: perplexity +" in capsys.readouterr().out
 
 
+def test_says_that_no_engine_runs_a_size(tmp_path, capsys):
+    """16 ranks share the 256 and 1024 features that enter the layers, but not 8 heads."""
+    path = tmp_path / "result.json"
+    assert evaluate("--tp", "8,16", "--comm", "int8:g128", "--json", str(path)) == 0
+    notes = json.loads(path.read_text())["notes"]
+    assert notes == [line.removeprefix("note: ") for line in capsys.readouterr().out.splitlines() if "note: " in line]
+    assert len(notes) == 1 and notes[0].startswith(
+        "TP 16 divides the features of every site, but not 8 attention heads and 8 key-value heads: no engine here"
+    )
+
+
+def test_keeps_what_was_found_before_a_loss_was_not_finite(tmp_path, monkeypatch, capsys):
+    from megatron_lowbit.evaluation import run
+
+    calls, compare, path = [], run.compare, tmp_path / "progress"
+
+    def second_is_bad(exact, logits, targets):
+        calls.append(1)
+        return compare(exact, logits * float("nan") if len(calls) == 2 else logits, targets)
+
+    monkeypatch.setattr(run, "compare", second_is_bad)
+    argv = ["--comm", "int8:g128", "--progress", str(path)]
+    assert evaluate(*argv) == 2
+    assert "window 1, int8:g128, TP=2: the loss is not finite; it began" in capsys.readouterr().err
+    assert evaluate(*argv) == 0 and len(calls) == 3  # only the second window was left
+
+
+INTERRUPTED = """
+import sys
+from megatron_lowbit.evaluation import progress_file
+progress_file.SECONDS = 0  # so that the first window is in the file at once
+from megatron_lowbit.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_interruption_leaves_the_file_whole(tmp_path):
+    path, again, once = tmp_path / "progress", tmp_path / "again.json", tmp_path / "once.json"
+    argv = ["evaluate", "--window-length", "32", "--windows", "24", "--tp", "4", "--comm", "int4:g32", "int8:g128"]
+    command = [sys.executable, "-c", INTERRUPTED, *argv, "--progress", str(path)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not path.exists() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(120) == 130 and running.stderr.read().endswith("interrupted\n")
+    with safe_open(str(path), "pt") as file:
+        found = sum(name.endswith(".nll") for name in file.keys())
+    assert 0 < found < 48 and not list(tmp_path.glob(".*"))
+    assert main([*argv, "--progress", str(path), "--json", str(again)]) == 0
+    assert main([*argv, "--json", str(once)]) == 0
+    assert json.loads(again.read_text())["rows"] == json.loads(once.read_text())["rows"]
+
+
 def test_calibrates_on_another_text(tmp_path):
     text = tmp_path / "other.txt"
     text.write_text("It was the best of houses, and the rain fell upon its roof for many a day. " * 60)
@@ -96,11 +157,116 @@ def test_any_family_that_is_known(tmp_path):
     assert row["bits_per_value"] == 5 and row["kl_mean"] > 1e-6 and row["bytes_per_token"] == 2 * 2 * 64 * 5 / 8
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_an_encoder_predicts_what_is_masked(name, tmp_path):
+    """Against the definition: windows of [CLS] … [SEP] with the same tokens masked, scored by Transformers alone."""
+    import torch
+    import transformers
+
+    folder, path, window = hf_folders.save(name, tmp_path / "model"), tmp_path / "result.json", 32
+    argv = ["--model", str(folder), "--window-length", str(window), "--comm", "int8:g32", "int2:g32:sym"]
+    assert evaluate(*argv, "--tp", "4", "--json", str(path)) == 0
+    found = json.loads(path.read_text())
+    assert found["predicts"] == "masked"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = tokenizer((BUNDLED / "sample_text.txt").read_text(), add_special_tokens=False)["input_ids"]
+    total, count = 0.0, 0
+    for number in range(2):
+        part = torch.tensor([2, *text[number * 30 : number * 30 + 30], 3])
+        possible = [i for i, token in enumerate(part.tolist()) if token > 4]
+        order = torch.randperm(len(possible), generator=torch.Generator().manual_seed(number))
+        chosen = [possible[i] for i in order[: round(0.15 * len(possible))]]
+        read = part.clone()
+        read[chosen] = tokenizer.mask_token_id
+        with torch.no_grad():
+            logits = model(read[None]).logits[0].log_softmax(-1)
+        total, count = total - sum(logits[at, part[at]].item() for at in chosen), count + len(chosen)
+    good, bad = found["rows"]
+    assert good["tokens"] == count and good["perplexity_exact"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert bad["kl_mean"] > 20 * good["kl_mean"] > 0
+
+
+def test_an_encoder_without_its_head(tmp_path, capsys):
+    import transformers
+
+    folder = hf_folders.save("bert", tmp_path / "model")
+    encoder = transformers.AutoModel.from_pretrained(folder)
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    encoder.save_pretrained(folder)
+    assert evaluate("--model", str(folder)) == 2
+    error = capsys.readouterr().err
+    assert "lacks cls.predictions" in error and "one with its masked-language-model head" in error
+
+
+def test_an_encoder_decoder_continues_what_it_reads(tmp_path):
+    folder, path = hf_folders.save("t5", tmp_path / "model"), tmp_path / "result.json"
+    argv = ["--model", str(folder), "--comm", "int8:g32", "int2:g32:sym", "--json", str(path)]
+    assert evaluate(*argv) == 0
+    found = json.loads(path.read_text())
+    good, bad = found["rows"]
+    assert found["predicts"] == "continued" and good["tokens"] == 2 * 32  # 63 and an end: 31 are read
+    assert bad["kl_mean"] > 20 * good["kl_mean"] > 0
+    only = ["--comm-sites", "encoder.layers.*", "--comm-sites", "layers.1.cross_attention"]
+    assert evaluate(*argv, *only) == 0
+    assert 0 < json.loads(path.read_text())["rows"][1]["kl_mean"] != bad["kl_mean"]
+
+
+def written(content: bytes):
+    def make(folder):
+        (folder / "bad").write_bytes(content)
+        return folder / "bad"
+
+    return make
+
+
+def mamba(folder):
+    import transformers
+
+    transformers.AutoTokenizer.from_pretrained(BUNDLED / "model").save_pretrained(folder)
+    config = transformers.MambaConfig(vocab_size=4096, hidden_size=32, state_size=4, num_hidden_layers=1)
+    transformers.MambaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def of_another_model(folder):
+    tensors = tensor_digests(BUNDLED / "model") | {"model.layers.0.mlp.down_proj.weight": "0", "lm_head.weight": "0"}
+    Plan(dict.fromkeys(SITES, "int8"), 2, metadata={"fingerprint": "abc", "tensors": tensors}).save(folder / "plan")
+    return folder / "plan"
+
+
+def of_other_sites(folder):
+    Plan({"decoder.layers.0": "int8"}, tp=2).save(folder / "plan")
+    return folder / "plan"
+
+
+BAD = {
+    "EMPTY": written(b" \n"),
+    "LATIN-1": written("Stra\xdfe ".encode("latin-1") * 500),
+    "SHORT": written(b"It was a dark night."),
+    "DAMAGED": written(b"no safetensors"),
+    "MAMBA": mamba,
+    "ANOTHER": of_another_model,
+    "ELSEWHERE": of_other_sites,
+}
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--tp", "1"], "--tp has 1"),
-        (["--tp", "3"], "TP=3 does not divide the 256 features that enter layers.0.attention"),
+        (["--tp", "3"], "TP=3 does not divide the 256 features that enter layers.0.attention; possible TP sizes: 2, 4"),
+        (["--tp", "2,96"], "TP=96 does not divide the 256 features"),
+        (["--text", "EMPTY"], "is empty"),
+        (["--text", "LATIN-1"], "cannot be read as UTF-8 text"),
+        (["--text", "SHORT"], "the text has 6 tokens, and 2 windows of 64 need 128"),
+        (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--model", "MAMBA"], "MambaForCausalLM: of layers.0 only mlp has a usual name for a row-parallel layer"),
+        (["--comm-plan", "ANOTHER"], "fingerprint abc, this one has"),
+        (["--comm-plan", "ANOTHER"], "lm_head.weight, model.layers.0.mlp.down_proj.weight differ): make one for"),
+        (["--comm-plan", "ELSEWHERE"], "lacks layers.0.attention"),
+        (["--progress", "DAMAGED"], "cannot be read"),
         (["--comm", "int9"], "int9"),
         (["--comm", "exact"], "compared with anyway"),
         (["--comm", "selective4"], "needs a calibration at TP 2"),
@@ -116,7 +282,8 @@ def test_any_family_that_is_known(tmp_path):
         (["--comm-sites", "nothing.*"], "selects none of"),
     ],
 )
-def test_refuses(argv, message, capsys):
+def test_refuses(argv, message, capsys, tmp_path):
+    argv = [str(BAD[word](tmp_path)) if word in BAD else word for word in argv]
     assert evaluate(*argv) == 2
     error = capsys.readouterr().err
     assert "error: " in error and message in error and "Traceback" not in error

@@ -15,6 +15,7 @@ from megatron_lowbit.engines.megatron import MegatronEngine
 from megatron_lowbit.engines.model_facts import Trust
 from megatron_lowbit.engines.transformers import TransformersEngine
 from megatron_lowbit.errors import ConfigError, ModelError
+from tests import hf_folders
 from tests.llama import tiny_llama
 from tests.models import random_model
 
@@ -110,6 +111,19 @@ def test_an_encoder_writes_no_text(tmp_path):
         ModelError, match=r"a bert is an encoder, which generates no text; examples/bert_embeddings\.py"
     ):
         read_folder(tmp_path)
+    facts = read_folder(tmp_path, encoders=True)
+    assert facts.predicts == "masked" and facts.sites == SITES[:2] and facts.max_positions == 512
+    assert type(facts.load()).__name__ == "BertForMaskedLM"
+
+
+def test_roberta_counts_positions_from_behind_the_padding(tmp_path):
+    facts = read_folder(hf_folders.save("roberta", tmp_path), encoders=True)
+    assert facts.config.max_position_embeddings == 40 and facts.max_positions == 39
+    model = facts.load()
+    with torch.no_grad():
+        assert model(torch.full((1, 39), 7)).logits.isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, 40), 7))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from megatron_lowbit.engines.simulated_tp import row_parallel, simulated_tp
 from megatron_lowbit.errors import ModelError
 from tests.llama import tiny_llama
 from tests.models import EVERY_FAMILY, FAMILIES, random_model, site_names
+from tests.models import SIZES as MODEL_SIZES
 from tests.ranks import run_ranks
 
 IDS = torch.arange(20)[None] * 7 % 61
@@ -223,6 +224,37 @@ def test_a_size_that_does_not_divide(tp):
     with pytest.raises(ModelError, match=f"TP={tp} does not divide the 32 features that enter layers.0.attention"):
         with simulated_tp(tiny_llama(), tp, exact):
             pass
+
+
+ENCODERS = {
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+    "roberta": {},
+    "xlm-roberta": {},
+    "electra": {"embedding_size": 32},
+    "deberta-v2": {},
+}
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+@torch.no_grad()
+def test_encoders_whose_layers_have_usual_names(family):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(7)
+    config = transformers.AutoConfig.for_model(family, **(MODEL_SIZES | {"pad_token_id": 0} | ENCODERS[family]))
+    model, seen = transformers.AutoModelForMaskedLM.from_config(config).float().eval(), []
+    expected = model(IDS).logits
+    with simulated_tp(model, 4, lambda site, partials: seen.append(site) or exact(site, partials)):
+        assert torch.allclose(model(IDS).logits, expected, atol=1e-4)
+    assert seen == SITES and expected.std() > 0.1
+
+
+def test_a_family_that_is_half_known():
+    """ALBERT's attention has a usual name, its MLP has none: half of the sums would be exact, and nobody the wiser."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.AlbertForMaskedLM(transformers.AlbertConfig(vocab_size=61, embedding_size=32, **sizes))
+    with pytest.raises(ModelError, match="of layers.0 only attention has a usual name .* add its model type"):
+        row_parallel(model)
 
 
 def test_another_architecture():

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.errors import ConfigError
@@ -35,6 +37,12 @@ def test_refuses_what_is_of_another_evaluation(tmp_path):
         progress.add(ONE, 0, tokens())
     with pytest.raises(ConfigError, match="fingerprint is 'abc', now 'xyz'"):
         Progress(path, FACTS | {"fingerprint": "xyz"})
+    with safe_open(str(path), "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    for cut, changed in ((dict(list(tensors.items())[:-1]), {}), (tensors, {"cases": "[]"}), (tensors, {"cases": "{"})):
+        save_file(cut, path, metadata | changed)
+        with pytest.raises(ConfigError, match="is damaged"):
+            Progress(path, FACTS)
     path.write_bytes(b"nonsense")
     with pytest.raises(ConfigError, match="cannot be read"):
         Progress(path, FACTS)
@@ -45,3 +53,19 @@ def test_without_a_file_nothing_is_written(tmp_path):
         progress.add(ONE, 0, tokens())
         assert progress.done(ONE, 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_figures_are_copied_out_of_the_way(tmp_path):
+    """What is kept lies in one block of memory, and stays what it was; it can be written from there."""
+    path = tmp_path / "progress.safetensors"
+    given = [tokens(i) for i in range(3)]
+    with Progress(path, FACTS) as progress:
+        for window, each in enumerate(given):
+            progress.add(ONE, window, each)
+            each.nll.zero_()
+    kept = progress.tokens(ONE)
+    assert len({found.nll.untyped_storage().data_ptr() for found in kept}) == 1
+    assert [found.nll.tolist() for found in Progress(path, FACTS).tokens(ONE)] == [
+        tokens(i).nll.tolist() for i in range(3)
+    ]
+    assert [len(found) for found in (progress.tokens(ONE, range(1, 9)), progress.tokens(OTHER))] == [2, 0]

@@ -44,8 +44,7 @@ def test_figures_are_those_of_the_logits():
     reduce = lambda site, partials: lowbit.simulate.all_reduce(partials, "int3:g32", "two-step")  # noqa: E731
     with simulated_tp(model, 4, reduce):
         own = model(window.ids[None]).logits[0].log_softmax(-1)
-    for i, token in enumerate(window.ids[window.first :].tolist()):
-        at = window.first - 1 + i
+    for i, (at, token) in enumerate(zip(window.positions.tolist(), window.targets.tolist(), strict=True)):
         assert tokens.nll_exact[i].item() == pytest.approx(-exact[at, token].item(), abs=1e-5)
         assert tokens.nll[i].item() == pytest.approx(-own[at, token].item(), abs=1e-5)
         kl = (exact[at].exp() * (exact[at] - own[at])).sum().item()
