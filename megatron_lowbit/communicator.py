@@ -120,17 +120,22 @@ class Communicator:
             )
             sent = telemetry.ring_bytes(x.numel() * x.itemsize, self.world)
         else:
-            legs = ("scatter",) if decision.algorithm == "one-shot" else ("scatter", "gather")
-            name = decision.algorithm.replace("-", "_")
-            arguments = x.contiguous(), *(self._codec(leg, site) for leg in legs)
-            if decision.chunks:
-                way = getattr(pipeline, name)
-                result, sent = way(*arguments, decision.chunks, self.group, self._workspace)
-            else:
-                result = getattr(all_reduce, name)(*arguments, self.group, self._workspace)
-                sent = result.sent
+            result, sent = self._compressed(x.contiguous(), decision, site)
         self._count(x, site, decision, sent, telemetry.ring_bytes(2 * x.numel(), self.world))
         return result
+
+    def _compressed(
+        self, x: torch.Tensor, decision: policy.Decision, site: str
+    ) -> tuple[all_reduce.Summands | torch.Tensor, int]:
+        """(what is left to decode, or the sum where decoding overlapped with the exchange; bytes sent)"""
+        once = decision.algorithm == "one-shot"
+        codecs = [self._codec(leg, site) for leg in (("scatter",) if once else ("scatter", "gather"))]
+        if decision.chunks:
+            way = pipeline.one_shot if once else pipeline.two_step
+            return way(x, *codecs, decision.chunks, self.group, self._workspace)
+        way = all_reduce.one_shot if once else all_reduce.two_step
+        summands = way(x, *codecs, self.group, self._workspace)
+        return summands, summands.sent
 
     @untraced
     def reduce_scatter(self, x: torch.Tensor, dim: int = 0, site: str = "reduce_scatter") -> torch.Tensor:
