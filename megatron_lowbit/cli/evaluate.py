@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     gate = Gate.load(job.baseline, job.fail_above, of.digests) if job.fail_above is not None else None
     if job.tasks:
         job.tasks.ready(job.calibrations)
-    calibrations = job.calibrations.made(of, job.tps)
+    calibrations = job.calibrations.made(of)
     cases = job.cases(calibrations)
     rows = evaluate_report.rows(evaluated(of, cases, windows, job.progress), of.features)
     answers = job.tasks and job.tasks.answers(cases, job.progress)

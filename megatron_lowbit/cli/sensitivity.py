@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .evaluating import evaluated, measured_noise
 
     windows = subject.windows  # first: a text that is too short is said before anything takes long
-    calibration = found_calibrations.made(subject, [arguments.tp]).get(arguments.tp)
+    calibration = found_calibrations.made(subject).get(arguments.tp)
     sites = arguments.comm_sites and tuple(arguments.comm_sites)
     config = CommConfig(arguments.comm, arguments.comm_algorithm, 0, sites, calibration=calibration)
     case = Case(config, arguments.tp)
@@ -80,7 +80,7 @@ def check(arguments: argparse.Namespace) -> tuple[Subject, Calibrations]:
     check_comm(arguments)
     if arguments.comm == EXACT:
         raise ConfigError(f"--comm {EXACT} compresses nothing: give a spec such as {DEFAULT_SPEC}")
-    parse(arguments.comm)
+    calibrated = parse(arguments.comm).calibrated
     for name in ("json", "plot", "progress"):
         check_output(getattr(arguments, name), f"--{name}")
     if arguments.plot:
@@ -88,7 +88,7 @@ def check(arguments: argparse.Namespace) -> tuple[Subject, Calibrations]:
 
         check_installed()
     subject = Subject.check(arguments)
-    return subject, Calibrations.check(arguments, [arguments.comm], [arguments.tp], False)
+    return subject, Calibrations.check(arguments, {arguments.tp: arguments.comm} if calibrated else {})
 
 
 def check_comm(arguments: argparse.Namespace) -> None:

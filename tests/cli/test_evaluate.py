@@ -142,6 +142,19 @@ def test_calibrates_on_another_text(tmp_path):
     assert row["spec"].startswith("selective4") and math.isfinite(row["kl_mean"])
 
 
+def test_a_plan_whose_specs_need_a_calibration(tmp_path, capsys):
+    """Of the plan's TP size, which may be another than --tp says."""
+    text, path = tmp_path / "other.txt", tmp_path / "result.json"
+    text.write_text("It was the best of houses, and the rain fell upon its roof for many a day. " * 60)
+    Plan(dict.fromkeys(SITES, "int8") | {"layers.0.mlp": "selective4"}, tp=4).save(tmp_path / "plan.json")
+    argv = ["--tp", "2", "--comm-plan", str(tmp_path / "plan.json"), "--json", str(path)]
+    assert evaluate(*argv) == 2
+    assert "plan plan.json needs a calibration at TP 4" in capsys.readouterr().err
+    assert evaluate(*argv, "--calibration-text", str(text)) == 0
+    [row] = json.loads(path.read_text())["rows"]
+    assert (row["plan"], row["tp"]) == ("plan plan.json", 4) and math.isfinite(row["kl_mean"])
+
+
 def test_any_family_that_is_known(tmp_path):
     """Not only Megatron's: no engine is asked."""
     import torch
