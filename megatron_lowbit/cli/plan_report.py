@@ -83,6 +83,7 @@ def _plan(job: Job, setting: Setting, other: Subject, result: Result) -> Plan:
         },
         "kl_floor": result.floor,
         "uniform": rows,
+        "tensors": job.subject.digests,
     }
     return Plan(chosen.sites, chosen.tp, chosen.algorithm, metadata, f"plan {job.out.name}")
 
