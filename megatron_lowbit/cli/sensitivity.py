@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import whole_file
 from ..config import ALGORITHMS, DEFAULT_SPEC, CommConfig
 from ..errors import ConfigError
 from ..spec import parse
@@ -116,8 +116,8 @@ def _show(subject: Subject, result, arguments: argparse.Namespace, windows: int)
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True)
     if arguments.json:
-        text = json.dumps(facts | made() | {"windows": windows, "notes": notes} | result.facts, indent=1)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        found = facts | made() | {"windows": windows, "notes": notes} | result.facts
+        arguments.json.write_text(whole_file.as_json(found), encoding="utf-8")
     if arguments.plot:
         from ..evaluation.heat_map import heat_map
 

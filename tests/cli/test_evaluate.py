@@ -78,6 +78,13 @@ def test_the_gate(results, capsys):
     assert "too much worse: int2:g32:sym, TP 4: perplexity +" in capsys.readouterr().out
 
 
+def test_one_window_has_no_interval_and_the_json_says_so(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    assert evaluate("--windows", "1", "--comm", "int8:g128", "--json", str(path)) == 0
+    [row] = json.loads(path.read_text(), parse_constant=pytest.fail)["rows"]
+    assert row["loss_interval"] == [None, None] and row["kl_error"] is None and row["kl_mean"] > 0
+
+
 def test_says_that_no_engine_runs_a_size(tmp_path, capsys):
     """16 ranks share the 256 and 1024 features that enter the layers, but not 8 heads."""
     path = tmp_path / "result.json"
