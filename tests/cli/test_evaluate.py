@@ -78,6 +78,13 @@ def test_the_gate(results, capsys):
     assert "too much worse: int2:g32:sym, TP 4: perplexity +" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("limit", ["nan", "inf%", "1e999", "%"])
+def test_a_gate_that_never_fails_is_none(limit, capsys):
+    with pytest.raises(SystemExit):
+        evaluate("--fail-above", limit)
+    assert "is no percentage such as 1%" in capsys.readouterr().err
+
+
 def test_one_window_has_no_interval_and_the_json_says_so(tmp_path, capsys):
     path = tmp_path / "result.json"
     assert evaluate("--windows", "1", "--comm", "int8:g128", "--json", str(path)) == 0
