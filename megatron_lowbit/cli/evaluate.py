@@ -95,9 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
     cases = job.cases(calibrations)
     rows = evaluate_report.rows(evaluated(of, cases, windows, job.progress), of.features)
     answers = job.tasks and job.tasks.answers(cases, job.progress)
-    if job.report:
-        evaluate_page.write(job, rows, calibrations, tasks_report.rows(answers.found) if answers else ())
     code = evaluate_report.show(job, rows, gate, answers)
+    if job.report:  # last, as it runs the model again: what was found is written by then
+        evaluate_page.write(job, rows, calibrations, tasks_report.rows(answers.found) if answers else ())
     if answers:
         answers.check()  # when everything else has been shown and written
     return code
