@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +57,20 @@ class Calibrations:
             )
         return cls(found, text, tuple(needing))
 
+    def check_text(self, text: str, what: str) -> None:
+        """Raise ConfigError if a calibration was made of this text, or will be. what: the text is, for the message."""
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if self.text is not None and read_text(self.text, "--calibration-text") == text:
+            raise ConfigError(f"--calibration-text is the text {what}: give another, or results would flatter")
+        for calibration in self.loaded.values():
+            if calibration.metadata.get("text_sha256") == digest:
+                raise ConfigError(
+                    f"{calibration.name} was made of the text {what}: make one of another, or results would flatter"
+                )
+
     def made(self, subject: Subject) -> dict[int, Calibration]:
-        """TP size -> calibration; from the text, if one was given, which must not be the one that is predicted."""
+        """TP size -> calibration; from the text, if one was given. Raises ConfigError if that is the predicted one."""
+        self.check_text(subject.text, "that is predicted")
         if self.text is None:
             return self.loaded
         from ..calibration.collect import RangeTracker, watch
@@ -65,10 +78,6 @@ class Calibrations:
         from .calibrate import SAMPLES, SEQUENCE_LENGTH
 
         other = read_text(self.text, "--calibration-text")
-        if other == subject.text:
-            raise ConfigError(
-                "--calibration-text is the text that is predicted: give another, or results would flatter"
-            )
         length, model, found = min(SEQUENCE_LENGTH, subject.length), subject.model, {}
         windows = draw(subject.tokens(other), SAMPLES, length, seed=0, prefix=subject.prefix).to(model.device)
         for tp in self.needed:

@@ -156,6 +156,15 @@ def test_calibrates_on_another_text(tmp_path):
     assert row["spec"].startswith("selective4") and math.isfinite(row["kl_mean"])
 
 
+def test_a_calibration_of_the_predicted_text_is_refused(tmp_path, capsys):
+    text, made = str(BUNDLED / "sample_text.txt"), str(tmp_path / "made.safetensors")
+    assert main(["calibrate", "--text", text, "--tp", "2", "--samples", "2", "--out", made]) == 0
+    for given in (["--calibration-text", text], ["--comm-calibration", made]):
+        assert evaluate("--comm", "selective4", *given) == 2
+        error = capsys.readouterr().err
+        assert "the text that is predicted" in error and "would flatter" in error
+
+
 def test_a_plan_whose_specs_need_a_calibration(tmp_path, capsys):
     """Of the plan's TP size, which may be another than --tp says."""
     text, path = tmp_path / "other.txt", tmp_path / "result.json"

@@ -144,6 +144,19 @@ def test_a_plan_of_another_model_is_refused(results, tmp_path, capsys):
         (["--budget-bits", "5", "--candidates", "int4/int8"], "two legs where one codec is meant"),
         (["--budget-bits", "5", "--candidates", "selective4"], "needs a calibration at TP 4"),
         (["--budget-bits", "5", "--probe", "int9"], "int9"),
+        (
+            [
+                "--budget-bits",
+                "5",
+                "--candidates",
+                "selective4",
+                "--calibration-text",
+                __file__,
+                "--held-out",
+                __file__,
+            ],
+            "--calibration-text is the text that is held out",
+        ),
         (["--budget-bits", "5", "--tp", "1"], "--tp is 1"),
         (
             ["--budget-bits", "5", "--windows", "40", "--held-out-windows", "40"],
