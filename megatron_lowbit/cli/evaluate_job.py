@@ -51,7 +51,8 @@ class Job:
             found.append(Case(CommConfig(spec, algorithm, 0, self.sites, calibration=calibration), tp))
         for plan, algorithm in product(self.plans, self.algorithms):
             calibration = calibrations.get(plan.tp) if _calibrated(plan) else None
-            config = CommConfig(None, algorithm, 0, self.sites, calibration=calibration, plan=plan)
+            named = plan.algorithm if algorithm == "auto" else algorithm  # plans may differ in nothing else
+            config = CommConfig(None, named, 0, self.sites, calibration=calibration, plan=plan)
             found.append(Case(config, plan.tp))
         return list({case.key: case for case in found}.values())  # "auto" may be what was also named
 
