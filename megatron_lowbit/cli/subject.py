@@ -113,7 +113,10 @@ class Subject:
         which questions need."""
         from ..evaluation.windows import consecutive, continued, masked
 
-        how = self.tokens(self.text), self.length, self.stride, self.count
+        ids = self.tokens(self.text)
+        if self.count is None:  # with a stride of 1 there are as many windows as tokens: gigabytes, to be forgotten
+            ids = ids[: self.length + (self.most - 1) * (self.stride or self.length)]
+        how = ids, self.length, self.stride, self.count
         if self.folder.predicts == "next":
             found = consecutive(*how, self.prefix)
         elif self.folder.predicts == "masked":
