@@ -55,16 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
     subject, found_calibrations = check(arguments)
     from ..evaluation import sensitivity
     from ..evaluation.cases import Case
-    from .evaluating import evaluated, measured_noise
+    from .evaluating import check_patterns, evaluated, measured_noise
 
     windows = subject.windows  # first: a text that is too short is said before anything takes long
     calibration = found_calibrations.made(subject).get(arguments.tp)
     sites = arguments.comm_sites and tuple(arguments.comm_sites)
     config = CommConfig(arguments.comm, arguments.comm_algorithm, 0, sites, calibration=calibration)
     case = Case(config, arguments.tp)
+    check_patterns(sites or (), subject.features)
     chosen = [site for site in subject.features if config.selects(site)]
-    if not chosen:
-        raise ConfigError(f"--comm-sites {' '.join(sites)} selects none of {', '.join(list(subject.features)[:3])} …")
     groups = sensitivity.grouped(chosen, arguments.by)
     found = evaluated(subject, sensitivity.cases(case, groups), windows, arguments.progress)
     [noise] = measured_noise(subject, windows, [config], arguments.tp)
@@ -126,15 +125,16 @@ def _show(subject: Subject, result, arguments: argparse.Namespace, windows: int)
 
 def _table(title: str, rows: Sequence[dict]):
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("compressed", "KL alone", "± error", "share", "SQNR, dB", "KL / noise"):
         table.add_column(column, justify="left" if column == "compressed" else "right")
     for row in rows:
         sqnr = row["sqnr_db"]
         table.add_row(
-            row["site"],
+            escape(row["site"]),
             f"{row['kl_mean']:.6f}",
             f"{row['kl_error']:.6f}",
             f"{row['share']:.1%}",

@@ -316,6 +316,7 @@ BAD = {
         (["--json", "/nowhere/x.json"], "there is no folder"),
         (["--comm-plan", "none.json"], "there is no plan file"),
         (["--comm-sites", "nothing.*"], "selects none of"),
+        (["--comm-sites", "layers.*.mlp", "--comm-sites", "layers.0.atention"], "layers.0.atention selects none of"),
     ],
 )
 def test_refuses(argv, message, capsys, tmp_path):
