@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .. import whole_file
@@ -107,13 +108,13 @@ def _figures(tokens: Sequence[Tokens]) -> dict:
 
 def _sites(setting: Setting, plan: Plan, result: Result) -> Table:
     title = f"{plan.name}: TP {plan.tp}, {plan.algorithm}; KL: predicted"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("site", *setting.legs, "bits", "KL"):
         table.add_column(column, justify="right" if column in ("bits", "KL") else "left", overflow="fold")
     for site, spec in list(plan.sites.items())[:SHOWN]:
         legs = [spec] * len(setting.legs) if spec == "exact" else [str(getattr(parse(spec), g)) for g in setting.legs]
         bits = result.case.bits_at(site, setting.features[site])
-        table.add_row(site, *legs, f"{bits:.2f}", f"{predicted(result.effects, setting, {site: spec}):.6f}")
+        table.add_row(escape(site), *legs, f"{bits:.2f}", f"{predicted(result.effects, setting, {site: spec}):.6f}")
     if len(plan.sites) > SHOWN:
         table.caption = f"and {len(plan.sites) - SHOWN} more: see the file"
     return table
@@ -123,7 +124,7 @@ def _comparison(facts: dict) -> Table:
     """The plan beside the same spec everywhere."""
     held = facts["held_out"]
     title = f"on {held['windows']} held-out windows of {held['text']}"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("", "bits", "bytes/token", "KL predicted", "KL", "loss", "± 95 %"):
         table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     own = {"spec": "this plan", "kl_predicted": facts["planning"]["kl_predicted"], **held}

@@ -111,14 +111,16 @@ def gibberish(tmp_path_factory):
 
 def test_a_budget_that_does_not_hold_is_an_exit_code(results, gibberish, tmp_path, capsys):
     """Quite another text to hold out; the plan is written, marked."""
-    out = tmp_path / "broken.json"
+    out = tmp_path / "broken[1].json"
     argv = ["--progress", str(tmp_path / "p"), "--held-out", str(gibberish), "--budget-kl", "0.05", "--out", str(out)]
     assert plan(*argv) == 3
     found = Plan.load(out)
     assert found.metadata["holds"] is False and held_out(found)["kl_mean"] > 0.05
     assert held_out(found)["text"] == "gibberish.txt" and held_out(found)["windows"] == 2
     assert found.sites == results[2]["kl"].sites
-    assert "THE BUDGET DOES NOT HOLD" in capsys.readouterr().out and (tmp_path / "p.held-out").exists()
+    shown = capsys.readouterr().out
+    assert "THE BUDGET DOES NOT HOLD" in shown and "plan broken[1].json: TP 4" in shown  # a name is no markup
+    assert (tmp_path / "p.held-out").exists()
 
 
 def test_a_plan_of_another_model_is_refused(results, tmp_path, capsys):
