@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -74,7 +75,7 @@ class Subject:
     def reading(self, path: Path, count: int | None, most: int) -> Subject:
         """The same model with other windows: of the text at `path`, `count` or at most `most`."""
         other = replace(self, path=path, count=count, most=most)
-        same = ("model", "tokenizer", "features", "digests", *(("text",) if path == self.path else ()))
+        same = ("model", "tokenizer", "features", "digests", *(("text", "ids") if path == self.path else ()))
         vars(other).update({name: vars(self)[name] for name in same if name in vars(self)})
         return other
 
@@ -93,6 +94,11 @@ class Subject:
     def tokens(self, text: str) -> list[int]:
         """Without special tokens."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    @cached_property
+    def ids(self) -> list[int]:
+        """The text's tokens."""
+        return self.tokens(self.text)
 
     @property
     def prefix(self) -> list[int]:
@@ -113,7 +119,7 @@ class Subject:
         which questions need."""
         from ..evaluation.windows import consecutive, continued, masked
 
-        ids = self.tokens(self.text)
+        ids = self.ids
         if self.count is None:  # with a stride of 1 there are as many windows as tokens: gigabytes, to be forgotten
             ids = ids[: self.length + (self.most - 1) * (self.stride or self.length)]
         how = ids, self.length, self.stride, self.count
@@ -180,6 +186,7 @@ class Subject:
             "fingerprint": fingerprint(self.folder.folder),
             "text": self.path.name,
             "text_sha256": hashlib.sha256(self.text.encode()).hexdigest(),
+            "tokens_sha256": hashlib.sha256(json.dumps([*self._special, self.ids]).encode()).hexdigest(),
             "window_length": str(self.length),
             "stride": str(self.stride or self.length),
             "dtype": str(self.model.dtype).removeprefix("torch."),

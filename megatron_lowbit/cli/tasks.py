@@ -155,7 +155,9 @@ class Tasks:
         from rich.progress import Progress as Bar
 
         found = Answers(self.facts)
-        facts = {name: self.subject.facts[name] for name in ("fingerprint", "dtype", "megatron_lowbit")} | self.facts
+        facts = {
+            name: self.subject.facts[name] for name in ("fingerprint", "tokens_sha256", "dtype", "megatron_lowbit")
+        } | self.facts
         file = TaskFile(progress and progress.with_name(progress.name + ".tasks.json"), facts)
         runs = [None, *cases]
         with (

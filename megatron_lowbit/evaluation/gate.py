@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..plan_file import differing
 
 SAME = ("spec", "tp", "algorithm", "sites", "plan_digest")  # what makes a row the same case
-TEXT = ("text_sha256", "window_length", "stride")  # of another text, perplexities cannot be compared
+TEXT = ("text_sha256", "tokens_sha256", "window_length", "stride")  # of another text, perplexities cannot be compared
 
 
 @dataclass(frozen=True)

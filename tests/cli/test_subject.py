@@ -1,6 +1,10 @@
 """What is evaluated: a model and a text."""
 
+import json
+import shutil
+
 from megatron_lowbit.__main__ import parser
+from megatron_lowbit.cli.files import BUNDLED
 from megatron_lowbit.cli.subject import WINDOWS, Subject
 from megatron_lowbit.evaluation import windows
 
@@ -25,3 +29,15 @@ def test_only_the_windows_that_are_used_are_made(monkeypatch):
         assert of.windows[-1].ids.tolist() == ids[63 * stride : 63 * stride + 16]
     assert len(subject("--window-length", "512").windows) == len(ids) // 512  # all there are
     assert len(subject("--window-length", "16", "--windows", "100").windows) == 100
+
+
+def test_another_tokenizer_is_another_evaluation(tmp_path):
+    """The fingerprint is of the model alone: results of other tokens must not be put together."""
+    folder = shutil.copytree(BUNDLED / "model", tmp_path / "model")
+    before = subject("--model", str(folder)).facts
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-500]
+    path.write_text(json.dumps(content))
+    after = subject("--model", str(folder)).facts
+    assert {name for name in before if before[name] != after[name]} == {"tokens_sha256"}

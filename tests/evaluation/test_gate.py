@@ -6,7 +6,7 @@ from megatron_lowbit.errors import ConfigError
 from megatron_lowbit.evaluation.gate import Gate
 
 DIGESTS = {"a": "1", "b": "2"}
-FACTS = {"text_sha256": "f00", "window_length": "512", "stride": "512"}
+FACTS = {"text_sha256": "f00", "tokens_sha256": "f01", "window_length": "512", "stride": "512"}
 
 
 def row(perplexity, spec="int4:g32", tp=2, sites=None, tokens=100):
@@ -40,7 +40,9 @@ def test_a_baseline_of_another_model_is_refused_by_its_tensors(tmp_path):
         Gate.load(written(tmp_path), 0.01, FACTS, {"a": "1", "b": "9", "c": "3"})
 
 
-@pytest.mark.parametrize("changes", [{"text_sha256": "bar"}, {"window_length": "64"}, {"stride": "256"}])
+@pytest.mark.parametrize(
+    "changes", [{"text_sha256": "bar"}, {"tokens_sha256": "bar"}, {"window_length": "64"}, {"stride": "256"}]
+)
 def test_perplexities_of_other_windows_are_not_compared(changes, tmp_path):
     with pytest.raises(ConfigError, match=f"is of other windows: its {next(iter(changes))} is"):
         Gate.load(written(tmp_path, **changes), 0.01, FACTS, DIGESTS)
