@@ -167,8 +167,12 @@ class Subject:
 
     def notes(self, tps: Iterable[int]) -> list[str]:
         """What a reader of results at these TP sizes must know."""
+        from ..engines.simulated_tp import whole_experts
+
+        whole = whole_experts(self.model)
+        experts = f"{whole} stays whole, as no policy lists such experts: what ranks would sum there is exact here"
         uneven = {tp: self.folder.uneven_heads(tp) for tp in sorted(set(tps))}
-        return [
+        return ([experts] if whole else []) + [
             f"TP {tp} divides the features of every site, but not {heads}: no engine here runs it; what is said of it "
             "is what such sums would lose"
             for tp, heads in uneven.items()
