@@ -90,6 +90,7 @@ def write(
 
     subject, tp = job.subject, max(row["tp"] for row in rows)
     outliers = consistency(subject.model, subject.windows, tp, calibrations.get(tp))
-    findings = Findings(subject.facts | made(), rows, job.command, job.sensitivity, outliers, tasks)
+    notes = subject.notes(row["tp"] for row in rows)
+    findings = Findings(subject.facts | made(), rows, job.command, job.sensitivity, outliers, tasks, notes)
     path = write_page(findings, job.report)
     Console(highlight=False, emoji=False).print(f"report: {path}", soft_wrap=True, markup=False)

@@ -53,6 +53,11 @@ def test_a_gate_that_fails_leaves_a_page(tmp_path):
     assert code == 3 and "int2:g32:sym" in text and "Not measured." in text
 
 
+def test_a_size_that_no_engine_runs_is_said_on_the_page(tmp_path):
+    code, text = written(tmp_path, "--tp", "16", "--comm", "int8:g128")
+    assert code == 0 and "Note: TP 16 divides the features of every site, but not 8 attention heads" in text
+
+
 def test_a_page_that_fails_leaves_the_json(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise ModelError("a partial sum is not finite")
