@@ -33,7 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--comm", nargs="+", action="extend", metavar="SPEC", help=f"what travels (default: {DEFAULT_SPEC})"
     )
     comm.add_argument(
-        "--comm-plan", type=Path, action="append", metavar="FILE", help="a spec for each site; at its TP size"
+        "--comm-plan",
+        "--lowbit-comm-plan",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="a spec for each site; at its TP size",
     )
     comm.add_argument(
         "--comm-algorithm",

@@ -73,7 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what 'calibrate' wrote for this model and --tp; selective4 and outliers= need it",
     )
-    comm.add_argument("--comm-plan", type=Path, metavar="FILE", help="a spec for each site, as plan chooses them")
+    comm.add_argument(
+        "--comm-plan",
+        "--lowbit-comm-plan",  # as in Megatron's scripts
+        type=Path,
+        metavar="FILE",
+        help="a spec for each site, as plan chooses them",
+    )
     comm.add_argument("--compare", action="store_true", help="run exactly as well, and compare")
     comm.add_argument(
         "--timeout", type=float, metavar="SECONDS", default=300, help="give up on a silent rank (default: 300)"
