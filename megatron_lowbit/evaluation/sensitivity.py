@@ -146,6 +146,8 @@ class Sensitivity:
         """One paragraph for a person."""
         if not self.kl_all > 0 or not self.kl_sum > 0:
             return f"{self.case.config.spec} has no effect that could be measured: no site needs another spec."
+        if len(self.rows) == 1:  # shares, and sums of effects, say nothing
+            return f"Only {self.rows[0]['site']} was compressed: it costs {self.kl_all:.3g} nats. {self._what_to_do()}"
         return " ".join([self._who(), self._why(), self._together(), self._what_to_do()])
 
     def _who(self) -> str:

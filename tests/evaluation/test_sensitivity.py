@@ -124,3 +124,8 @@ def test_a_site_without_noise_is_no_number():
     tokens = next(iter(evaluate(tiny_llama(), windows()[:1], [case("fp32")])))[2]
     found = sensitivity(which, group, {each: [tokens] for each in cases(which, group)}, {"a": Noise(1.0)}, {"a": 32})
     assert found.rows[0]["sqnr_db"] is None and found.rows[0]["kl_mean"] == 0
+
+
+def test_a_single_site_is_compared_with_nothing():
+    said = result(grouped(SITES[:1])).explanation
+    assert said.startswith(f"Only {SITES[0]} was compressed: it costs ") and "stands out" not in said
