@@ -12,6 +12,7 @@ from ..calibration_file import Calibration
 from ..config import ALGORITHMS, DEFAULT_SPEC, CommConfig
 from ..errors import ConfigError
 from ..evaluation.cases import Case
+from ..plan_file import Plan
 from ..spec import parse
 from . import evaluate_page, launch
 from .calibrations import Calibrations
@@ -28,7 +29,7 @@ class Job:
     subject: Subject
     tps: tuple[int, ...]
     specs: tuple[str, ...]
-    plans: tuple[Path, ...]
+    plans: tuple[Plan, ...]
     algorithms: tuple[str, ...]
     sites: tuple[str, ...] | None
     calibrations: Calibrations
@@ -49,8 +50,10 @@ class Job:
             calibration = calibrations.get(tp) if parse(spec).calibrated else None
             found.append(Case(CommConfig(spec, algorithm, 0, self.sites, calibration=calibration), tp))
         for plan, algorithm in product(self.plans, self.algorithms):
-            config = CommConfig(None, algorithm, 0, self.sites, plan=plan)
-            found.append(Case(config, config.planned.tp))
+            calibration = calibrations.get(plan.tp) if _calibrated(plan) else None
+            named = plan.algorithm if algorithm == "auto" else algorithm  # plans may differ in nothing else
+            config = CommConfig(None, named, 0, self.sites, calibration=calibration, plan=plan)
+            found.append(Case(config, plan.tp))
         return list({case.key: case for case in found}.values())  # "auto" may be what was also named
 
 
@@ -61,7 +64,7 @@ def check(arguments: argparse.Namespace) -> Job:
     for algorithm in arguments.comm_algorithm:
         if algorithm not in ALGORITHMS or algorithm == EXACT:
             raise ConfigError(f"--comm-algorithm is {algorithm!r}: use one of {', '.join(ALGORITHMS[:3])}")
-    plans = tuple(arguments.comm_plan or ())
+    plans = tuple(Plan.load(path) for path in arguments.comm_plan or ())
     specs = arguments.comm or ([] if plans else [DEFAULT_SPEC])
     if EXACT in specs:
         raise ConfigError(f"--comm {EXACT} is what all others are compared with anyway: leave it out")
@@ -79,6 +82,8 @@ def check(arguments: argparse.Namespace) -> Job:
         check_installed()
     evaluate_page.check(arguments)
     subject = Subject.check(arguments)
+    needing = {plan.tp: plan.name for plan in plans if _calibrated(plan)}
+    needing |= {tp: spec for tp in arguments.tp for spec in specs if parse(spec).calibrated}
     return Job(
         subject,
         tuple(arguments.tp),
@@ -86,7 +91,7 @@ def check(arguments: argparse.Namespace) -> Job:
         plans,
         tuple(arguments.comm_algorithm),
         arguments.comm_sites and tuple(arguments.comm_sites),
-        Calibrations.check(arguments, specs, arguments.tp, bool(plans)),
+        Calibrations.check(arguments, needing),
         Tasks.check(arguments, subject),
         arguments.json,
         arguments.plot,
@@ -97,3 +102,8 @@ def check(arguments: argparse.Namespace) -> Job:
         arguments.baseline,
         arguments.fail_above,
     )
+
+
+def _calibrated(plan: Plan) -> bool:
+    """Whether some site's spec needs a calibration."""
+    return any(spec.calibrated for spec in plan.specs)

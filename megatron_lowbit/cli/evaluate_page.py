@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NUMBER = int | float
 FACTS = {"fingerprint": str, "spec": str, "tp": int, "algorithm": str, "kl_all": NUMBER, "explanation": str}
-ROW = {"site": str, "layer": int | None, "kind": str, "kl_mean": NUMBER, "kl_error": NUMBER, "share": NUMBER}
+ROW = {"site": str, "layer": int | None, "kind": str, "kl_mean": NUMBER, "kl_error": NUMBER | None, "share": NUMBER}
 ROW |= {"sqnr_db": NUMBER | None}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .. import whole_file
 from ..evaluation.cases import Case
 from ..evaluation.gate import Gate
 from ..evaluation.metrics import Tokens, summary
@@ -80,8 +80,8 @@ def show(job: Job, rows: Sequence[dict], gate: Gate | None, answers: Answers | N
         found |= {"tasks": tasks_report.rows(answers.found)} | answers.facts
         tasks_report.show(console, found["tasks"])
     if job.json:
-        text = json.dumps(facts | made() | found | {"tensors": job.subject.digests}, indent=1)
-        job.json.write_text(text + "\n", encoding="utf-8")
+        text = whole_file.as_json(facts | made() | found | {"tensors": job.subject.digests})
+        job.json.write_text(text, encoding="utf-8")
     if job.plot:
         from ..evaluation.plot import plot
 

@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     of = job.subject
     windows, other, held_out, first = job.windows()  # first: what is too short is said before anything takes long
-    calibration = job.calibrations.made(of, [job.tp]).get(job.tp)
+    calibration = job.calibrations.made(of).get(job.tp)
     setting = Setting(job.tp, job.algorithm, of.features, calibration)
     uniform = {spec: setting.everywhere(spec) for spec in job.candidates}
     nothing = uncompressed(next(iter(uniform.values())))

@@ -106,6 +106,10 @@ def check(arguments: argparse.Namespace) -> Job:
     subject = Subject.check(arguments)
     if arguments.held_out is not None and read_text(arguments.held_out, "--held-out") == subject.text:
         raise ConfigError("--held-out is the text that is planned on: give another, or leave it out")
+    needing = [spec for spec in (*candidates, *([probe] if probe else ())) if parse_leg(spec).calibrated]
+    calibrations = Calibrations.check(arguments, {arguments.tp: needing[0]} if needing else {})
+    if arguments.held_out is not None:
+        calibrations.check_text(read_text(arguments.held_out, "--held-out"), "that is held out")
     return Job(
         subject,
         arguments.tp,
@@ -113,7 +117,7 @@ def check(arguments: argparse.Namespace) -> Job:
         candidates,
         probe,
         budget,
-        Calibrations.check(arguments, [*candidates, *([probe] if probe else [])], [arguments.tp], False),
+        calibrations,
         arguments.held_out,
         arguments.held_out_windows,
         arguments.out,

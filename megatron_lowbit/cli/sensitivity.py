@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import whole_file
 from ..config import ALGORITHMS, DEFAULT_SPEC, CommConfig
 from ..errors import ConfigError
 from ..spec import parse
@@ -55,16 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
     subject, found_calibrations = check(arguments)
     from ..evaluation import sensitivity
     from ..evaluation.cases import Case
-    from .evaluating import evaluated, measured_noise
+    from .evaluating import check_patterns, evaluated, measured_noise
 
     windows = subject.windows  # first: a text that is too short is said before anything takes long
-    calibration = found_calibrations.made(subject, [arguments.tp]).get(arguments.tp)
+    calibration = found_calibrations.made(subject).get(arguments.tp)
     sites = arguments.comm_sites and tuple(arguments.comm_sites)
     config = CommConfig(arguments.comm, arguments.comm_algorithm, 0, sites, calibration=calibration)
     case = Case(config, arguments.tp)
+    check_patterns(sites or (), subject.features)
     chosen = [site for site in subject.features if config.selects(site)]
-    if not chosen:
-        raise ConfigError(f"--comm-sites {' '.join(sites)} selects none of {', '.join(list(subject.features)[:3])} …")
     groups = sensitivity.grouped(chosen, arguments.by)
     found = evaluated(subject, sensitivity.cases(case, groups), windows, arguments.progress)
     [noise] = measured_noise(subject, windows, [config], arguments.tp)
@@ -80,7 +79,7 @@ def check(arguments: argparse.Namespace) -> tuple[Subject, Calibrations]:
     check_comm(arguments)
     if arguments.comm == EXACT:
         raise ConfigError(f"--comm {EXACT} compresses nothing: give a spec such as {DEFAULT_SPEC}")
-    parse(arguments.comm)
+    calibrated = parse(arguments.comm).calibrated
     for name in ("json", "plot", "progress"):
         check_output(getattr(arguments, name), f"--{name}")
     if arguments.plot:
@@ -88,7 +87,7 @@ def check(arguments: argparse.Namespace) -> tuple[Subject, Calibrations]:
 
         check_installed()
     subject = Subject.check(arguments)
-    return subject, Calibrations.check(arguments, [arguments.comm], [arguments.tp], False)
+    return subject, Calibrations.check(arguments, {arguments.tp: arguments.comm} if calibrated else {})
 
 
 def check_comm(arguments: argparse.Namespace) -> None:
@@ -116,8 +115,8 @@ def _show(subject: Subject, result, arguments: argparse.Namespace, windows: int)
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True)
     if arguments.json:
-        text = json.dumps(facts | made() | {"windows": windows, "notes": notes} | result.facts, indent=1)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        found = facts | made() | {"windows": windows, "notes": notes} | result.facts
+        arguments.json.write_text(whole_file.as_json(found), encoding="utf-8")
     if arguments.plot:
         from ..evaluation.heat_map import heat_map
 
@@ -126,15 +125,16 @@ def _show(subject: Subject, result, arguments: argparse.Namespace, windows: int)
 
 def _table(title: str, rows: Sequence[dict]):
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("compressed", "KL alone", "± error", "share", "SQNR, dB", "KL / noise"):
         table.add_column(column, justify="left" if column == "compressed" else "right")
     for row in rows:
         sqnr = row["sqnr_db"]
         table.add_row(
-            row["site"],
+            escape(row["site"]),
             f"{row['kl_mean']:.6f}",
             f"{row['kl_error']:.6f}",
             f"{row['share']:.1%}",

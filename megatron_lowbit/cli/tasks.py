@@ -129,9 +129,8 @@ class Tasks:
     def ready(self, calibrations: Calibrations) -> None:
         """Make the local tasks, and look up the others. Raises ConfigError for unknown names, for a text without any
         questions and for one that a calibration is to be made of."""
-        if self.text is not None and calibrations.text is not None:
-            if read_text(calibrations.text, "--calibration-text") == self.text:
-                raise ConfigError("--calibration-text is the text of the tasks: give another, or results would flatter")
+        if self.text is not None:
+            calibrations.check_text(self.text, "of the tasks")
         _ = self._manager
 
     @cached_property
@@ -156,7 +155,9 @@ class Tasks:
         from rich.progress import Progress as Bar
 
         found = Answers(self.facts)
-        facts = {name: self.subject.facts[name] for name in ("fingerprint", "dtype", "megatron_lowbit")} | self.facts
+        facts = {
+            name: self.subject.facts[name] for name in ("fingerprint", "tokens_sha256", "dtype", "megatron_lowbit")
+        } | self.facts
         file = TaskFile(progress and progress.with_name(progress.name + ".tasks.json"), facts)
         runs = [None, *cases]
         with (

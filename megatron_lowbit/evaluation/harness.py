@@ -163,7 +163,16 @@ def _lm_class() -> type:
         broken: Callable[[], str]
 
         def _model_call(self, *args: Any, **options: Any) -> torch.Tensor:
-            logits = super()._model_call(*args, **options)
+            return self._checked(super()._model_call(*args, **options))
+
+        def _model_generate(self, *args: Any, **options: Any) -> torch.Tensor:
+            def look(_model, _given, output) -> None:
+                self._checked(output.logits[:, -1])  # those before it may be of padding
+
+            with self.model.register_forward_hook(look):
+                return super()._model_generate(*args, **options)
+
+        def _checked(self, logits: torch.Tensor) -> torch.Tensor:
             if not logits.isfinite().all():
                 raise ModelError(self.broken())
             return logits

@@ -111,25 +111,26 @@ def gibberish(tmp_path_factory):
 
 def test_a_budget_that_does_not_hold_is_an_exit_code(results, gibberish, tmp_path, capsys):
     """Quite another text to hold out; the plan is written, marked."""
-    out = tmp_path / "broken.json"
+    out = tmp_path / "broken[1].json"
     argv = ["--progress", str(tmp_path / "p"), "--held-out", str(gibberish), "--budget-kl", "0.05", "--out", str(out)]
     assert plan(*argv) == 3
     found = Plan.load(out)
     assert found.metadata["holds"] is False and held_out(found)["kl_mean"] > 0.05
     assert held_out(found)["text"] == "gibberish.txt" and held_out(found)["windows"] == 2
     assert found.sites == results[2]["kl"].sites
-    assert "THE BUDGET DOES NOT HOLD" in capsys.readouterr().out and (tmp_path / "p.held-out").exists()
+    shown = capsys.readouterr().out
+    assert "THE BUDGET DOES NOT HOLD" in shown and "plan broken[1].json: TP 4" in shown  # a name is no markup
+    assert (tmp_path / "p.held-out").exists()
 
 
 def test_a_plan_of_another_model_is_refused(results, tmp_path, capsys):
     content = json.loads((results[0] / "bits.json").read_text()) | {"fingerprint": "0" * 64}
-    content["tensors"]["model.norm.weight"] = "0" * 12
+    content["tensors"]["model.norm.weight"] = "another"
     (tmp_path / "other.json").write_text(json.dumps(content))
     argv = ["--tp", "4", "--comm-plan", str(tmp_path / "other.json"), "--windows", "1", "--window-length", "48"]
     assert main(["evaluate", *argv]) == 2
     error = capsys.readouterr().err
-    assert "was made for another model" in error and "megatron-lowbit plan" in error
-    assert "; model.norm.weight differ)" in error
+    assert "was made for another model" in error and "; model.norm.weight differ): make one" in error
 
 
 @pytest.mark.parametrize(
@@ -145,6 +146,19 @@ def test_a_plan_of_another_model_is_refused(results, tmp_path, capsys):
         (["--budget-bits", "5", "--candidates", "int4/int8"], "two legs where one codec is meant"),
         (["--budget-bits", "5", "--candidates", "selective4"], "needs a calibration at TP 4"),
         (["--budget-bits", "5", "--probe", "int9"], "int9"),
+        (
+            [
+                "--budget-bits",
+                "5",
+                "--candidates",
+                "selective4",
+                "--calibration-text",
+                __file__,
+                "--held-out",
+                __file__,
+            ],
+            "--calibration-text is the text that is held out",
+        ),
         (["--budget-bits", "5", "--tp", "1"], "--tp is 1"),
         (
             ["--budget-bits", "5", "--windows", "40", "--held-out-windows", "40"],

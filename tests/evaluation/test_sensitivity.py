@@ -78,7 +78,10 @@ def test_grouping_by_names():
     names = [*SITES, "encoder.layers.0.mlp", "logits"]
     layers = grouped(names, "layer")
     assert [group.name for group in layers] == ["layers.0", "layers.1", "encoder.layers.0", "logits"]
-    assert [(group.layer, group.kind) for group in layers] == [(0, "all"), (1, "all"), (0, "all"), (None, "logits")]
+    assert [(group.layer, group.kind) for group in layers] == [
+        (0, "all"), (1, "all"), (0, "encoder.all"), (None, "logits")
+    ]  # fmt: skip
+    assert len({(group.layer, group.kind) for group in layers}) == len(layers)  # each has a place of its own on a map
     kinds = grouped(names, "kind")
     assert [group.name for group in kinds] == ["attention", "mlp", "encoder.mlp", "logits"]
     assert place("layers.12.moe.combine") == (12, "moe.combine")
