@@ -83,6 +83,7 @@ def _plan(job: Job, setting: Setting, other: Subject, result: Result) -> Plan:
         },
         "kl_floor": result.floor,
         "uniform": rows,
+        "tensors": job.subject.digests,
     }
     return Plan(chosen.sites, chosen.tp, chosen.algorithm, metadata, f"plan {job.out.name}")
 
@@ -123,7 +124,7 @@ def _comparison(facts: dict) -> Table:
     held = facts["held_out"]
     title = f"on {held['windows']} held-out windows of {held['text']}"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("", "bits", "bytes/token", "KL predicted", "KL", "loss", "± 95 %"):
+    for column in ("", "bits", "bytes per token", "KL predicted", "KL", "loss", "± 95 %"):
         table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     own = {"spec": "this plan", "kl_predicted": facts["planning"]["kl_predicted"], **held}
     own |= {name: facts[name] for name in ("bits_per_value", "bytes_per_token")}

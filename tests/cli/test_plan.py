@@ -122,12 +122,15 @@ def test_a_budget_that_does_not_hold_is_an_exit_code(results, gibberish, tmp_pat
 
 
 def test_a_plan_of_another_model_is_refused(results, tmp_path, capsys):
+    """Saying which tensors differ: here one that was there when the plan was made."""
     content = json.loads((results[0] / "bits.json").read_text()) | {"fingerprint": "0" * 64}
+    content["tensors"]["model.layers.9.mlp.down_proj.weight"] = "0"
     (tmp_path / "other.json").write_text(json.dumps(content))
     argv = ["--tp", "4", "--comm-plan", str(tmp_path / "other.json"), "--windows", "1", "--window-length", "48"]
     assert main(["evaluate", *argv]) == 2
     error = capsys.readouterr().err
     assert "was made for another model" in error and "megatron-lowbit plan" in error
+    assert "; model.layers.9.mlp.down_proj.weight differ)" in error
 
 
 @pytest.mark.parametrize(
