@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from ..config import ALGORITHMS, DEFAULT_SPEC
@@ -70,9 +71,12 @@ def _sizes(text: str) -> list[int]:
 def percent(text: str) -> float:
     """1% -> 0.01, for argparse."""
     try:
-        return float(text.removesuffix("%")) / 100
+        found = float(text.removesuffix("%")) / 100
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage such as 1%") from None
+        found = math.nan
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no percentage such as 1%")
+    return found
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -84,7 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
     job = check(arguments)
     of = job.subject
     windows = of.windows  # first: a text that is too short is said before anything takes long
-    gate = Gate.load(job.baseline, job.fail_above, of.digests) if job.fail_above is not None else None
+    gate = None
+    if job.fail_above is not None:
+        gate = Gate.load(job.baseline, job.fail_above, of.digests, of.facts, len(windows))
     if job.tasks:
         job.tasks.ready(job.calibrations)
     calibrations = job.calibrations.made(of, job.tps)

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..plan_file import differing
 
 SAME = ("spec", "tp", "algorithm", "plan_digest")  # what makes a row the same case
+TEXT = ("text_sha256", "window_length", "stride")  # perplexities of other tokens cannot be compared
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,13 @@ class Gate:
     baseline: tuple[Mapping[str, Any], ...] | None = None
 
     @classmethod
-    def load(cls, path: Path | None, limit: float, digests: Mapping[str, str]) -> Gate:
-        """Read what evaluate --json wrote; None: compare with exact. digests: of this model's tensors.
+    def load(
+        cls, path: Path | None, limit: float, digests: Mapping[str, str], facts: Mapping[str, str], windows: int
+    ) -> Gate:
+        """Read what evaluate --json wrote; None: compare with exact. digests: of this model's tensors. facts, windows:
+        what is evaluated, and on how many windows.
 
-        Raises ConfigError for a file that is none, or of another model.
+        Raises ConfigError for a file that is none, or of another model, text or other windows.
         """
         if path is None:
             return cls(limit)
@@ -33,13 +37,20 @@ class Gate:
             found = json.loads(path.read_text(encoding="utf-8"))
             rows, tensors = found["rows"], dict(found["tensors"])
             baseline = tuple({name: row[name] for name in (*SAME, "perplexity")} for row in rows)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            theirs = {name: found[name] for name in TEXT} | {"windows": rows[0]["windows"]}
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             raise ConfigError(f"--baseline {path} is no --json of evaluate ({error!r}): make it again") from error
         if names := differing(tensors, digests):
             raise ConfigError(
                 f"--baseline {path} is of another model: {names} differ; evaluate that model, or make a baseline of "
                 "this one"
             )
+        for name, now in ({name: facts[name] for name in TEXT} | {"windows": windows}).items():
+            if theirs[name] != now:
+                raise ConfigError(
+                    f"--baseline {path} is of other tokens: its {name} is {theirs[name]}, now {now}; evaluate the same "
+                    "windows of the same text, or make the baseline again"
+                )
         return cls(limit, baseline)
 
     def failures(self, rows: Iterable[Mapping[str, Any]]) -> list[str]:
