@@ -73,7 +73,10 @@ class Calibrations:
                 "--calibration-text is the text that is predicted: give another, or results would flatter"
             )
         length, model, found = min(SEQUENCE_LENGTH, subject.length), subject.model, {}
-        windows = draw(subject.tokens(other), SAMPLES, length, seed=0, prefix=subject.prefix).to(model.device)
+        try:
+            windows = draw(subject.tokens(other), SAMPLES, length, seed=0, prefix=subject.prefix).to(model.device)
+        except ConfigError as error:
+            raise ConfigError(f"--calibration-text {self.text}: {error}") from error
         for tp in tps:
             tracker = RangeTracker()
             watch(model, windows, tp, tracker)

@@ -29,7 +29,7 @@ def check_cases(subject: Subject, cases: Sequence[Case]) -> None:
     for case in cases:
         if not any(map(case.config.selects, sites)):
             named = " ".join(case.config.sites)
-            raise ConfigError(f"--comm-sites {named} selects none of {', '.join(list(sites)[:3])} …")
+            raise ConfigError(f"--comm-sites {named} selects none of {', '.join(list(sites)[:3])} …: give other globs")
         tensors = subject.digests if case.config.planned else {}
         case.config.check(sites, case.tp, subject.facts["fingerprint"], tensors)
 

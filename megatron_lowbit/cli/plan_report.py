@@ -16,7 +16,7 @@ from ..evaluation.planning import predicted
 from ..plan_file import Plan
 from ..spec import parse
 from .evaluate_report import GATE_FAILED, made
-from .files import BUNDLED
+from .files import BUNDLED, write
 
 if TYPE_CHECKING:
     from ..evaluation.planning import Setting
@@ -37,7 +37,7 @@ def show(job: Job, setting: Setting, other: Subject, result: Result) -> int:
             {"site": site, "leg": leg, "spec": spec, "kl": kl} for (site, leg, spec), kl in result.effects.items()
         ]
         text = {**facts, "tp": plan.tp, "algorithm": plan.algorithm, "sites": dict(plan.sites), "effects": effects}
-        job.json.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+        write(job.json, (json.dumps(text, indent=1) + "\n").encode(), "--json")
     console = Console(highlight=False, emoji=False)
     console.print(_sites(setting, plan, result))
     console.print(_comparison(facts))

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..spec import parse
 from . import calibrations, launch, subject
 from .calibrations import Calibrations
-from .files import check_output
+from .files import check_outputs, check_picture, write
 from .job import EXACT
 from .subject import Subject
 
@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     case = Case(config, arguments.tp)
     chosen = [site for site in subject.features if config.selects(site)]
     if not chosen:
-        raise ConfigError(f"--comm-sites {' '.join(sites)} selects none of {', '.join(list(subject.features)[:3])} …")
+        some = ", ".join(list(subject.features)[:3])
+        raise ConfigError(f"--comm-sites {' '.join(sites)} selects none of {some} …: give other globs")
     groups = sensitivity.grouped(chosen, arguments.by)
     found = evaluated(subject, sensitivity.cases(case, groups), windows, arguments.progress)
     [noise] = measured_noise(subject, windows, [config], arguments.tp)
@@ -81,12 +82,8 @@ def check(arguments: argparse.Namespace) -> tuple[Subject, Calibrations]:
     if arguments.comm == EXACT:
         raise ConfigError(f"--comm {EXACT} compresses nothing: give a spec such as {DEFAULT_SPEC}")
     parse(arguments.comm)
-    for name in ("json", "plot", "progress"):
-        check_output(getattr(arguments, name), f"--{name}")
-    if arguments.plot:
-        from ..calibration.plot import check_installed
-
-        check_installed()
+    check_outputs(json=arguments.json, plot=arguments.plot, progress=arguments.progress)
+    check_picture(arguments.plot)
     subject = Subject.check(arguments)
     return subject, Calibrations.check(arguments, [arguments.comm], [arguments.tp], False)
 
@@ -117,11 +114,11 @@ def _show(subject: Subject, result, arguments: argparse.Namespace, windows: int)
         console.print(f"note: {note}", soft_wrap=True)
     if arguments.json:
         text = json.dumps(facts | made() | {"windows": windows, "notes": notes} | result.facts, indent=1)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        write(arguments.json, (text + "\n").encode(), "--json")
     if arguments.plot:
         from ..evaluation.heat_map import heat_map
 
-        arguments.plot.write_bytes(heat_map(result.rows, title))
+        write(arguments.plot, heat_map(result.rows, title), "--plot")
 
 
 def _table(title: str, rows: Sequence[dict]):

@@ -114,13 +114,16 @@ class Subject:
         from ..evaluation.windows import consecutive, continued, masked
 
         how = self.tokens(self.text), self.length, self.stride, self.count
-        if self.folder.predicts == "next":
-            found = consecutive(*how, self.prefix)
-        elif self.folder.predicts == "masked":
-            mask, spared = self._token("mask_token_id"), self.tokenizer.all_special_ids
-            found = masked(*how, *self._special, mask=mask, spared=spared)
-        else:
-            found = continued(*how, *self._special, start=self._token("decoder_start_token_id"))
+        try:
+            if self.folder.predicts == "next":
+                found = consecutive(*how, self.prefix)
+            elif self.folder.predicts == "masked":
+                mask, spared = self._token("mask_token_id"), self.tokenizer.all_special_ids
+                found = masked(*how, *self._special, mask=mask, spared=spared)
+            else:
+                found = continued(*how, *self._special, start=self._token("decoder_start_token_id"))
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}") from error  # a command may read several texts
         return found[: self.count or self.most]
 
     def _token(self, name: str) -> int:
