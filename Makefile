@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-gpu test-triton-matrix test-megatron-matrix test-deepspeed-matrix lint bench bench-gpu clean
+.PHONY: help demo accuracy test test-full test-gpu test-triton-matrix test-megatron-matrix test-deepspeed-matrix lint bench bench-gpu clean
 
 # A machine with a GPU has its own torch and triton, and often nothing can be installed there: with PYTHON=python3 on the
 # command line that Python runs these two as it is. They need torch, triton and numpy, tests pytest and hypothesis too.
@@ -24,6 +24,10 @@ help:  ## show this list
 
 demo: $(INSTALLED)  ## generate text with tensor parallelism, exact and compressed side by side
 	@$(BIN)/python -m megatron_lowbit generate --compare --temperature 0.6 --top-k 20 $(DEMO_ARGS)
+
+accuracy: $(INSTALLED)  ## what every codec costs in accuracy, into the tables of docs/accuracy.md (TEXT=FILE: on another text)
+	@$(BIN)/python benchmarks/accuracy.py $(if $(TEXT),--text $(TEXT)) --json benchmarks/results/accuracy.json
+	@$(BIN)/python benchmarks/tables.py
 
 test: $(INSTALLED)  ## run the tests that take a few minutes in all (PYTEST_ARGS="-q -k codec" to choose)
 	@$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)

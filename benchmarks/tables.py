@@ -12,12 +12,15 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import accuracy_tables
 import kernel_report
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = ("int8:g128", "gauss5:g256", "int4:g32", "gauss4:g128:trellis", "gauss3:g256", "int2:g32")
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -35,24 +38,16 @@ def measured(result: dict) -> str:
     return f"{m['cpu']}, {m['cores']} cores, torch {m['torch']}, {m['date']}; `{m['command']}`."
 
 
-def accuracy(specs: list[str] | None = None, name: str = "perplexity") -> str:
-    """One row per spec, one column per TP size."""
-    result = load(name)
-    rows = {(r["spec"], r["tp"]): r for r in result["rows"]}
-    tps = sorted({tp for _, tp in rows})
-    lines = []
-    for spec in specs or list(dict.fromkeys(r["spec"] for r in result["rows"])):
-        cells = [f"{rows[spec, tps[0]]['times_fewer_bytes_than_bf16']:.2f}×",
-                 f"{rows[spec, tps[-1]]['times_fewer_bytes_than_bf16']:.2f}×"]  # fmt: skip
-        for tp in tps:
-            row = rows[spec, tp]
-            cells.append(f"{row['loss_percent']:+.2f} % ± {row['loss_percent_standard_error']:.2f}")
-        lines.append([f"`{spec}`", *cells])
-    columns = ["spec", f"fewer bytes than bf16, TP {tps[0]}", f"TP {tps[-1]}", *(f"perplexity, TP {tp}" for tp in tps)]
+def accuracy(what: Callable[[list[dict]], tuple[list[str], list[list[str]]]], only: tuple[str, ...] = ()) -> str:
+    """A table of accuracy_tables.py; of the specs `only`, if any are named."""
+    result = load("accuracy")
+    rows = [row for row in result["rows"] if not only or row["spec"] in only]
+    columns, lines = what(rows)
+    first = rows[0]
     note = (
-        f"`{result['text']}` (SHA-256 `{result['text_sha256'][:12]}…`), the first {result['tokens']:,} tokens, "
-        f"exact perplexity {result['rows'][0]['perplexity_exact']:.2f}; loss with one standard error of the paired "
-        f"difference; TP 2 one-shot, else two-step, simulated bit for bit. {measured(result)}"
+        f"Perplexity above exact ({first['perplexity_exact']:.2f}) with its 95 % interval, KL in thousandths of a nat; "
+        f"`{result['text']}` (SHA-256 `{result['text_sha256'][:12]}…`), {first['tokens']:,} tokens in "
+        f"{first['windows']} windows, {result['dtype']}, simulated bit for bit. {measured(result)}"
     )
     return markdown(columns, lines, note)
 
@@ -82,6 +77,14 @@ def tasks() -> str:
     )
     columns = ["task", "spec", "bits", "exact", "score", "kept", "change", "95 % interval", "p"]
     return markdown(columns, lines, note)
+
+
+def accuracy_cheapest() -> str:
+    rows = load("accuracy")["rows"]
+    bits = {row["spec"]: row["bits_per_value"] for row in rows}
+    names = ", ".join(f"`{spec}` ({bits[spec]:.4g} bits)" for spec in accuracy_tables.cheapest(rows))
+    limit = f"{accuracy_tables.LOSS:.0%}"
+    return f"Within {limit} with 95 % confidence at every TP size and algorithm, fewest bits first: {names}.\n"
 
 
 def demo() -> str:
@@ -280,15 +283,18 @@ def plan() -> str:
 
 
 TABLES = {
-    "accuracy": accuracy,
-    "accuracy-short": lambda: accuracy(["int8:g128", "int6:g64", "int4:g32", "int3:g32", "int2:g32:sym"]),
+    "accuracy": lambda: accuracy(accuracy_tables.losses),
+    "accuracy-short": lambda: accuracy(accuracy_tables.losses, SHORT),
+    "accuracy-kl": lambda: accuracy(accuracy_tables.divergences),
+    "accuracy-goals": lambda: accuracy(accuracy_tables.goals),
+    "accuracy-halves": lambda: accuracy(accuracy_tables.halves),
+    "accuracy-cheapest": accuracy_cheapest,
     "demo": demo,
     "tasks": tasks,
     "codecs": codecs,
     "evaluating": evaluating,
     "threshold": threshold,
     "calibration": calibration,
-    "accuracy-codecs": lambda: accuracy(name="perplexity_codecs"),
     "alternatives": alternatives,
     "kernels": kernels,
     "kernels-predicted": kernels_predicted,

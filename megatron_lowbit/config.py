@@ -14,7 +14,7 @@ from .codecs import Codec, make
 from .errors import ConfigError
 from .plan_file import EXACT, Plan
 
-DEFAULT_SPEC = "int4:g32"  # why: docs/accuracy.md
+DEFAULT_SPEC = "gauss4:g128:trellis"  # fewest bits within 1 % of perplexity: docs/accuracy.md
 PLANNED = "plan"  # what `spec` reads where each site has its own
 ALGORITHMS = ("auto", "one-shot", "two-step", "exact")
 PLANNED_ALGORITHMS = ("hierarchical",)
@@ -24,7 +24,8 @@ PLANNED_ALGORITHMS = ("hierarchical",)
 class CommConfig:
     """How partial sums travel.
 
-    spec: codec of both legs, or "scatter/gather" (see `megatron_lowbit.spec`); None: what the plan says, or int4:g32.
+    spec: codec of both legs, or "scatter/gather" (see `megatron_lowbit.spec`); None: what the plan says, or
+        DEFAULT_SPEC.
     algorithm: "auto" (with a plan, what it was made for), "one-shot", "two-step" or "exact"; of the all-reduce, but
         "exact" holds for all collectives.
     min_bytes: of the all-reduce; messages of fewer bytes (in their own dtype) go uncompressed. None: the measured

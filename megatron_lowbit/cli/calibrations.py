@@ -79,7 +79,10 @@ class Calibrations:
 
         other = read_text(self.text, "--calibration-text")
         length, model, found = min(SEQUENCE_LENGTH, subject.length), subject.model, {}
-        windows = draw(subject.tokens(other), SAMPLES, length, seed=0, prefix=subject.prefix).to(model.device)
+        try:
+            windows = draw(subject.tokens(other), SAMPLES, length, seed=0, prefix=subject.prefix).to(model.device)
+        except ConfigError as error:
+            raise ConfigError(f"--calibration-text {self.text}: {error}") from error
         for tp in self.needed:
             tracker = RangeTracker()
             watch(model, windows, tp, tracker)

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `evaluate`."""
     subject.add_arguments(parser)
     comm = parser.add_argument_group("communication")
-    comm.add_argument("--tp", type=_sizes, metavar="N,N", default=[2], help="tensor-parallel ranks (default: 2)")
+    comm.add_argument("--tp", type=_sizes, metavar="N,N", help="tensor-parallel ranks (default: 2, or a plan's)")
     comm.add_argument(
         "--comm", nargs="+", action="extend", metavar="SPEC", help=f"what travels (default: {DEFAULT_SPEC})"
     )

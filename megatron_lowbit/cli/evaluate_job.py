@@ -16,10 +16,12 @@ from ..plan_file import Plan
 from ..spec import parse
 from . import evaluate_page, launch
 from .calibrations import Calibrations
-from .files import check_output
+from .files import check_outputs, check_picture
 from .job import EXACT
 from .subject import Subject
 from .tasks import Tasks
+
+TP = 2  # ranks, where none are asked for
 
 
 @dataclass(frozen=True)
@@ -69,24 +71,24 @@ def check(arguments: argparse.Namespace) -> Job:
     if EXACT in specs:
         raise ConfigError(f"--comm {EXACT} is what all others are compared with anyway: leave it out")
     specs = tuple(dict.fromkeys(str(parse(spec)) for spec in specs))
-    for tp in arguments.tp:
+    tps = arguments.tp or [TP]
+    for tp in tps:
         if tp < 2:
             raise ConfigError(f"--tp has {tp}: give 2 or more ranks, as fewer have nothing to communicate")
-    for name in ("json", "plot", "progress"):
-        check_output(getattr(arguments, name), f"--{name}")
+    for plan in plans if arguments.tp else ():
+        if plan.tp not in tps:
+            raise ConfigError(f"{plan.name} was made for TP {plan.tp}: add that to --tp, or make one for TP {tps[0]}")
+    check_outputs(json=arguments.json, plot=arguments.plot, progress=arguments.progress)
     if arguments.baseline and arguments.fail_above is None:
         raise ConfigError("--baseline compares for --fail-above: give that too, such as --fail-above 0.5%")
-    if arguments.plot:
-        from ..calibration.plot import check_installed
-
-        check_installed()
+    check_picture(arguments.plot)
     evaluate_page.check(arguments)
     subject = Subject.check(arguments)
     needing = {plan.tp: plan.name for plan in plans if _calibrated(plan)}
-    needing |= {tp: spec for tp in arguments.tp for spec in specs if parse(spec).calibrated}
+    needing |= {tp: spec for tp in tps for spec in specs if parse(spec).calibrated}
     return Job(
         subject,
-        tuple(arguments.tp),
+        tuple(tps),
         specs,
         plans,
         tuple(arguments.comm_algorithm),

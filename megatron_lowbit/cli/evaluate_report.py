@@ -18,6 +18,7 @@ from ..evaluation.gate import Gate
 from ..evaluation.metrics import Tokens, summary
 from ..evaluation.verdict import name, saving
 from . import tasks_report
+from .files import write
 
 if TYPE_CHECKING:
     from .evaluate_job import Job
@@ -41,7 +42,7 @@ MEANINGS = {
     "loss": "of perplexity, paired on the same windows",
     "bits": "per value, over all hops",
     "saved": "of the bytes of bf16",
-    "KL mean": "divergence from the exact distribution of the next token, nats",
+    "KL mean": "divergence from the exact distribution of a scored token, nats",
     "KL p99": "what 1 % of the tokens exceed",
     "top-1": "how often both choose alike",
 }
@@ -81,7 +82,7 @@ def show(job: Job, rows: Sequence[dict], gate: Gate | None, answers: Answers | N
         tasks_report.show(console, found["tasks"])
     if job.json:
         text = whole_file.as_json(facts | made() | found | {"tensors": job.subject.digests})
-        job.json.write_text(text, encoding="utf-8")
+        write(job.json, text.encode(), "--json")
     if job.plot:
         from ..evaluation.plot import plot
 

@@ -203,9 +203,10 @@ def _check_sites(config: CommConfig, facts: ModelFacts, model: Path, tp: int) ->
             "other globs"
         )
     if config.per_site:
-        from ..engines.fingerprint import fingerprint
+        from ..engines.fingerprint import fingerprint, tensor_digests
 
-        config.check(sites, tp, fingerprint(model))
+        tensors = tensor_digests(model) if config.planned else {}
+        config.check(sites, tp, fingerprint(model), tensors)
 
 
 def _text(given: Path | None, facts: ModelFacts) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     job = check(arguments)
     from ..evaluation.budget import search
     from ..evaluation.metrics import mean
-    from ..evaluation.planning import Setting, options, uncompressed
+    from ..evaluation.planning import Setting, check_bits, options, uncompressed
     from . import plan_report
     from .evaluating import evaluated
 
@@ -96,6 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
     windows, other, held_out, first = job.windows()  # first: what is too short is said before anything takes long
     calibration = job.calibrations.made(of).get(job.tp)
     setting = Setting(job.tp, job.algorithm, of.features, calibration)
+    if job.budget.kind == "bits":  # before any run, and so without effects
+        check_bits(setting, options(setting, defaultdict(float), job.candidates), job.budget.value)
     uniform = {spec: setting.everywhere(spec) for spec in job.candidates}
     nothing = uncompressed(next(iter(uniform.values())))
     found: dict[Case, Sequence[Tokens]] = evaluated(of, [nothing, *uniform.values()], windows, job.progress)

@@ -16,7 +16,7 @@ from ..policy import resolved
 from ..spec import parse_leg
 from . import launch
 from .calibrations import Calibrations
-from .files import check_output, read_text
+from .files import check_outputs, read_text
 from .job import EXACT
 from .sensitivity import check_comm
 from .subject import Subject
@@ -101,8 +101,7 @@ def check(arguments: argparse.Namespace) -> Job:
     probe = None if arguments.probe == DIRECT else str(parse_leg(arguments.probe))
     if arguments.held_out_windows is not None and arguments.held_out_windows < 1:
         raise ConfigError(f"--held-out-windows is {arguments.held_out_windows}: give 1 or more")
-    for name in ("out", "json", "progress"):
-        check_output(getattr(arguments, name), f"--{name}")
+    check_outputs(out=arguments.out, json=arguments.json, progress=arguments.progress)
     subject = Subject.check(arguments)
     if arguments.held_out is not None and read_text(arguments.held_out, "--held-out") == subject.text:
         raise ConfigError("--held-out is the text that is planned on: give another, or leave it out")

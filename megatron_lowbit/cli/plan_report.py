@@ -17,7 +17,7 @@ from ..evaluation.planning import predicted
 from ..plan_file import Plan
 from ..spec import parse
 from .evaluate_report import GATE_FAILED, made
-from .files import BUNDLED
+from .files import BUNDLED, write
 
 if TYPE_CHECKING:
     from ..evaluation.planning import Setting
@@ -38,7 +38,7 @@ def show(job: Job, setting: Setting, other: Subject, result: Result) -> int:
             {"site": site, "leg": leg, "spec": spec, "kl": kl} for (site, leg, spec), kl in result.effects.items()
         ]
         text = {**facts, "tp": plan.tp, "algorithm": plan.algorithm, "sites": dict(plan.sites), "effects": effects}
-        job.json.write_text(whole_file.as_json(text), encoding="utf-8")
+        write(job.json, whole_file.as_json(text).encode(), "--json")
     console = Console(highlight=False, emoji=False)
     console.print(_sites(setting, plan, result))
     console.print(_comparison(facts))
@@ -125,7 +125,7 @@ def _comparison(facts: dict) -> Table:
     held = facts["held_out"]
     title = f"on {held['windows']} held-out windows of {held['text']}"
     table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("", "bits", "bytes/token", "KL predicted", "KL", "loss", "± 95 %"):
+    for column in ("", "bits", "bytes per token", "KL predicted", "KL", "loss", "± 95 %"):
         table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     own = {"spec": "this plan", "kl_predicted": facts["planning"]["kl_predicted"], **held}
     own |= {name: facts[name] for name in ("bits_per_value", "bytes_per_token")}

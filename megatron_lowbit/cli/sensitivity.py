@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..spec import parse
 from . import calibrations, launch, subject
 from .calibrations import Calibrations
-from .files import check_output
+from .files import check_outputs, check_picture, write
 from .job import EXACT
 from .subject import Subject
 
@@ -80,12 +80,8 @@ def check(arguments: argparse.Namespace) -> tuple[Subject, Calibrations]:
     if arguments.comm == EXACT:
         raise ConfigError(f"--comm {EXACT} compresses nothing: give a spec such as {DEFAULT_SPEC}")
     calibrated = parse(arguments.comm).calibrated
-    for name in ("json", "plot", "progress"):
-        check_output(getattr(arguments, name), f"--{name}")
-    if arguments.plot:
-        from ..calibration.plot import check_installed
-
-        check_installed()
+    check_outputs(json=arguments.json, plot=arguments.plot, progress=arguments.progress)
+    check_picture(arguments.plot)
     subject = Subject.check(arguments)
     return subject, Calibrations.check(arguments, {arguments.tp: arguments.comm} if calibrated else {})
 
@@ -116,11 +112,11 @@ def _show(subject: Subject, result, arguments: argparse.Namespace, windows: int)
         console.print(f"note: {note}", soft_wrap=True)
     if arguments.json:
         found = facts | made() | {"windows": windows, "notes": notes} | result.facts
-        arguments.json.write_text(whole_file.as_json(found), encoding="utf-8")
+        write(arguments.json, whole_file.as_json(found).encode(), "--json")
     if arguments.plot:
         from ..evaluation.heat_map import heat_map
 
-        arguments.plot.write_bytes(heat_map(result.rows, title))
+        write(arguments.plot, heat_map(result.rows, title), "--plot")
 
 
 def _table(title: str, rows: Sequence[dict]):
@@ -142,7 +138,7 @@ def _table(title: str, rows: Sequence[dict]):
             "-" if sqnr is None else f"{row['kl_mean'] * 10 ** (sqnr / 10):.4f}",
         )
     table.caption = (
-        "KL: from the exact distribution of the next token, nats, rounding of exact sums taken off; SQNR: of the "
+        "KL: from the exact distribution of a scored token, nats, rounding of exact sums taken off; SQNR: of the "
         "reduced sum against the exact one; noise: as a part of the sum's energy"
     )
     return table

@@ -123,13 +123,16 @@ class Subject:
         if self.count is None:  # with a stride of 1 there are as many windows as tokens: gigabytes, to be forgotten
             ids = ids[: self.length + (self.most - 1) * (self.stride or self.length)]
         how = ids, self.length, self.stride, self.count
-        if self.folder.predicts == "next":
-            found = consecutive(*how, self.prefix)
-        elif self.folder.predicts == "masked":
-            mask, spared = self._token("mask_token_id"), self.tokenizer.all_special_ids
-            found = masked(*how, *self._special, mask=mask, spared=spared)
-        else:
-            found = continued(*how, *self._special, start=self._token("decoder_start_token_id"))
+        try:
+            if self.folder.predicts == "next":
+                found = consecutive(*how, self.prefix)
+            elif self.folder.predicts == "masked":
+                mask, spared = self._token("mask_token_id"), self.tokenizer.all_special_ids
+                found = masked(*how, *self._special, mask=mask, spared=spared)
+            else:
+                found = continued(*how, *self._special, start=self._token("decoder_start_token_id"))
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}") from error  # a command may read several texts
         return found[: self.count or self.most]
 
     def _token(self, name: str) -> int:

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     local = " and ".join(local_tasks.TASKS)
     group.add_argument(
         "--tasks",
-        type=lambda text: [name for name in text.split(",") if name],
+        type=_names,
         metavar="NAME,…",
         help=f"tasks of lm-evaluation-harness; {local} are made of the text, and need no download",
     )
@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--confirm-run-unsafe-code", action="store_true", help="let tasks run code that the model writes"
     )
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names no task: give some, such as local_cloze,local_choice")
+    return names
 
 
 @dataclass

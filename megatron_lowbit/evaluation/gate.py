@@ -46,7 +46,7 @@ class Gate:
                 for row in rows
             )
             text = {name: found[name] for name in TEXT}
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             raise ConfigError(f"--baseline {path} is no --json of evaluate ({error!r}): make it again") from error
         if names := differing(tensors, digests):
             raise ConfigError(

@@ -67,7 +67,7 @@ def manager(names: Sequence[str], folder: Path) -> Any:
     found = TaskManager(include_path=str(folder), include_defaults=bool(others))  # its own are many: seconds
     for name in others:
         if name not in found.all_tasks:
-            like = difflib.get_close_matches(name, [*local_tasks.TASKS, *found.all_tasks], n=4)
+            like = difflib.get_close_matches(name, {*local_tasks.TASKS, *found.all_tasks}, n=4)
             hint = f"did you mean {' or '.join(like)}?" if like else "'lm_eval ls tasks' lists them"
             raise ConfigError(f"--tasks has {name!r}, which lm_eval {installed()} does not know: {hint}")
     return found

@@ -166,11 +166,11 @@ def test_a_calibration_of_the_predicted_text_is_refused(tmp_path, capsys):
 
 
 def test_a_plan_whose_specs_need_a_calibration(tmp_path, capsys):
-    """Of the plan's TP size, which may be another than --tp says."""
+    """Of the plan's TP size."""
     text, path = tmp_path / "other.txt", tmp_path / "result.json"
     text.write_text("It was the best of houses, and the rain fell upon its roof for many a day. " * 60)
     Plan(dict.fromkeys(SITES, "int8") | {"layers.0.mlp": "selective4"}, tp=4).save(tmp_path / "plan.json")
-    argv = ["--tp", "2", "--comm-plan", str(tmp_path / "plan.json"), "--json", str(path)]
+    argv = ["--comm-plan", str(tmp_path / "plan.json"), "--json", str(path)]
     assert evaluate(*argv) == 2
     assert "plan plan.json needs a calibration at TP 4" in capsys.readouterr().err
     assert evaluate(*argv, "--calibration-text", str(text)) == 0
@@ -296,12 +296,16 @@ BAD = {
         (["--tp", "2,96"], "TP=96 does not divide the 256 features"),
         (["--text", "EMPTY"], "is empty"),
         (["--text", "LATIN-1"], "cannot be read as UTF-8 text"),
-        (["--text", "SHORT"], "the text has 6 tokens, and 2 windows of 64 need 128"),
+        (["--text", "SHORT"], ": the text has 6 tokens, and 2 windows of 64 need 128"),
         (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--model", "MAMBA"], "MambaForCausalLM: of layers.0 only mlp has a usual name for a row-parallel layer"),
         (["--comm-plan", "ANOTHER"], "fingerprint abc, this one has"),
         (["--comm-plan", "ANOTHER"], "lm_head.weight, model.layers.0.mlp.down_proj.weight differ): make one for"),
         (["--comm-plan", "ELSEWHERE"], "lacks layers.0.attention"),
+        (["--comm-plan", "ELSEWHERE", "--tp", "4"], "was made for TP 2: add that to --tp"),
+        (["--json", "now.json", "--progress", "now.json"], "--json and --progress are both now.json: give two files"),
+        (["--json", "/proc/now.json", "--windows", "1"], "--json /proc/now.json cannot be written"),
+        (["--plot", "loss.pdf"], "--plot loss.pdf is no name of a PNG"),
         (["--progress", "DAMAGED"], "cannot be read"),
         (["--comm", "int9"], "int9"),
         (["--comm", "exact"], "compared with anyway"),

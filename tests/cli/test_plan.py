@@ -92,6 +92,12 @@ def test_goes_on_where_it_stopped(results, monkeypatch, tmp_path):
     assert Plan.load(tmp_path / "again.json").sites == results[2]["kl"].sites
 
 
+def test_bits_that_no_candidate_has_are_refused_before_any_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("megatron_lowbit.evaluation.run.compare", None)
+    assert plan("--budget-bits", "2.9", "--out", str(tmp_path / "plan.json")) == 2
+    assert capsys.readouterr().err.startswith("error: 2.9 bits per value are fewer than the 3 of")
+
+
 def test_measures_every_candidate_if_asked_to(results, tmp_path):
     argv = ["--probe", "none", "--budget-bits", "4", "--out", str(tmp_path / "direct.json")]
     assert main(["plan", *FAST, *FEW, "--candidates", "int2:g32,int4:g32", *argv]) == 0
@@ -124,6 +130,7 @@ def test_a_budget_that_does_not_hold_is_an_exit_code(results, gibberish, tmp_pat
 
 
 def test_a_plan_of_another_model_is_refused(results, tmp_path, capsys):
+    """Saying which tensors differ: here one that was there when the plan was made."""
     content = json.loads((results[0] / "bits.json").read_text()) | {"fingerprint": "0" * 64}
     content["tensors"]["model.norm.weight"] = "another"
     (tmp_path / "other.json").write_text(json.dumps(content))
@@ -140,7 +147,7 @@ def test_a_plan_of_another_model_is_refused(results, tmp_path, capsys):
         (["--budget-bits", "5", "--budget-kl", "1"], "two budgets exclude each other"),
         (["--budget-bits", "-1"], "--budget-bits is -1"),
         (["--budget-bits", "2.9"], "2.9 bits per value are fewer than the 3 of the cheapest candidate"),
-        (["--budget-bits", "20"], "compresses nothing"),
+        (["--budget-bits", "20"], "and 16 compress nothing: give fewer"),
         (["--budget-kl", "1e-12"], "no plan keeps to 1e-12 nats"),
         (["--budget-bits", "5", "--candidates", "int9"], "int9"),
         (["--budget-bits", "5", "--candidates", "int4/int8"], "two legs where one codec is meant"),
