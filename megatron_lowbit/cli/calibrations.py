@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..calibration_file import Calibration
 from ..errors import ConfigError
+from ..plan_file import Plan
 from ..spec import parse
 from .files import read_text
 from .subject import Subject
@@ -30,36 +31,40 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 
 @dataclass(frozen=True)
 class Calibrations:
-    """The checked arguments. loaded: TP size -> what was calibrated for it."""
+    """The checked arguments. loaded: TP size -> what was calibrated for it. needed: TP sizes, for the text."""
 
     loaded: dict[int, Calibration]
     text: Path | None
+    needed: tuple[int, ...]
 
     @classmethod
     def check(
-        cls, arguments: argparse.Namespace, specs: Sequence[str], tps: Sequence[int], plans: bool
+        cls, arguments: argparse.Namespace, specs: Sequence[str], tps: Sequence[int], plans: Sequence[Plan] = ()
     ) -> Calibrations:
-        """Raises ConfigError for what is missing, twice there or of no use. plans: whether there are any, too."""
+        """For all specs at all TP sizes, and each plan at its own. Raises ConfigError for what is missing, twice there
+        or of no use."""
         found: dict[int, Calibration] = {}
         for path in arguments.comm_calibration or ():
             calibration = Calibration.load(path)
             if calibration.tp in found:
                 raise ConfigError(f"--comm-calibration has two files for TP {calibration.tp}: give one")
             found[calibration.tp] = calibration
-        needing = [spec for spec in specs if parse(spec).calibrated]
+        needing = [(spec, tp) for spec in specs if parse(spec).calibrated for tp in tps]
+        needing += [(f"{plan.name}'s {spec}", plan.tp) for plan in plans for spec in plan.specs if spec.calibrated]
         text = arguments.calibration_text
         if found and text:
             raise ConfigError("--comm-calibration and --calibration-text exclude each other: give one of them")
-        if (found or text) and not (needing or plans):
+        if (found or text) and not needing:
             raise ConfigError("no spec makes use of a calibration: leave it out, or add a spec such as selective4")
-        if needing and not text and (missing := [tp for tp in tps if tp not in found]):
-            raise ConfigError(
-                f"{needing[0]} needs a calibration at TP {missing[0]}: give --comm-calibration FILE, which calibrate "
-                "writes, or --calibration-text FILE to make all that are needed"
-            )
-        return cls(found, text)
+        for what, tp in needing:
+            if tp not in found and not text:
+                raise ConfigError(
+                    f"{what} needs a calibration at TP {tp}: give --comm-calibration FILE, which calibrate writes, or "
+                    "--calibration-text FILE to make all that are needed"
+                )
+        return cls(found, text, tuple(dict.fromkeys(tp for _, tp in needing)))
 
-    def made(self, subject: Subject, tps: Sequence[int]) -> dict[int, Calibration]:
+    def made(self, subject: Subject) -> dict[int, Calibration]:
         """TP size -> calibration; from the text, if one was given, which must not be the one that is predicted."""
         if self.text is None:
             return self.loaded
@@ -77,7 +82,7 @@ class Calibrations:
             windows = draw(subject.tokens(other), SAMPLES, length, seed=0, prefix=subject.prefix).to(model.device)
         except ConfigError as error:
             raise ConfigError(f"--calibration-text {self.text}: {error}") from error
-        for tp in tps:
+        for tp in self.needed:
             tracker = RangeTracker()
             watch(model, windows, tp, tracker)
             found[tp] = tracker.finish()

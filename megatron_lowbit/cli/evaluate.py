@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         gate = Gate.load(job.baseline, job.fail_above, of.digests, of.facts, len(windows))
     if job.tasks:
         job.tasks.ready(job.calibrations)
-    calibrations = job.calibrations.made(of, job.tps)
+    calibrations = job.calibrations.made(of)
     cases = job.cases(calibrations)
     rows = evaluate_report.rows(evaluated(of, cases, windows, job.progress), of.features)
     answers = job.tasks and job.tasks.answers(cases, job.progress)

@@ -31,7 +31,7 @@ class Job:
     subject: Subject
     tps: tuple[int, ...]
     specs: tuple[str, ...]
-    plans: tuple[Path, ...]
+    plans: tuple[Plan, ...]
     algorithms: tuple[str, ...]
     sites: tuple[str, ...] | None
     calibrations: Calibrations
@@ -52,8 +52,8 @@ class Job:
             calibration = calibrations.get(tp) if parse(spec).calibrated else None
             found.append(Case(CommConfig(spec, algorithm, 0, self.sites, calibration=calibration), tp))
         for plan, algorithm in product(self.plans, self.algorithms):
-            config = CommConfig(None, algorithm, 0, self.sites, plan=plan)
-            found.append(Case(config, config.planned.tp))
+            calibration = calibrations.get(plan.tp) if any(spec.calibrated for spec in plan.specs) else None
+            found.append(Case(CommConfig(None, algorithm, 0, self.sites, calibration=calibration, plan=plan), plan.tp))
         return list({case.key: case for case in found}.values())  # "auto" may be what was also named
 
 
@@ -64,7 +64,7 @@ def check(arguments: argparse.Namespace) -> Job:
     for algorithm in arguments.comm_algorithm:
         if algorithm not in ALGORITHMS or algorithm == EXACT:
             raise ConfigError(f"--comm-algorithm is {algorithm!r}: use one of {', '.join(ALGORITHMS[:3])}")
-    plans = tuple(arguments.comm_plan or ())
+    plans = tuple(map(Plan.load, arguments.comm_plan or ()))
     specs = arguments.comm or ([] if plans else [DEFAULT_SPEC])
     if EXACT in specs:
         raise ConfigError(f"--comm {EXACT} is what all others are compared with anyway: leave it out")
@@ -73,7 +73,7 @@ def check(arguments: argparse.Namespace) -> Job:
     for tp in tps:
         if tp < 2:
             raise ConfigError(f"--tp has {tp}: give 2 or more ranks, as fewer have nothing to communicate")
-    for plan in map(Plan.load, plans if arguments.tp else ()):
+    for plan in plans if arguments.tp else ():
         if plan.tp not in tps:
             raise ConfigError(f"{plan.name} was made for TP {plan.tp}: add that to --tp, or make one for TP {tps[0]}")
     check_outputs(json=arguments.json, plot=arguments.plot, progress=arguments.progress)
@@ -89,7 +89,7 @@ def check(arguments: argparse.Namespace) -> Job:
         plans,
         tuple(arguments.comm_algorithm),
         arguments.comm_sites and tuple(arguments.comm_sites),
-        Calibrations.check(arguments, specs, tps, bool(plans)),
+        Calibrations.check(arguments, specs, tps, plans),
         Tasks.check(arguments, subject),
         arguments.json,
         arguments.plot,

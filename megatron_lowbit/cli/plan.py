@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     of = job.subject
     windows, other, held_out, first = job.windows()  # first: what is too short is said before anything takes long
-    calibration = job.calibrations.made(of, [job.tp]).get(job.tp)
+    calibration = job.calibrations.made(of).get(job.tp)
     setting = Setting(job.tp, job.algorithm, of.features, calibration)
     if job.budget.kind == "bits":  # before any run, and so without effects
         check_bits(setting, options(setting, defaultdict(float), job.candidates), job.budget.value)

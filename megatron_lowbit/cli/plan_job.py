@@ -112,7 +112,7 @@ def check(arguments: argparse.Namespace) -> Job:
         candidates,
         probe,
         budget,
-        Calibrations.check(arguments, [*candidates, *([probe] if probe else [])], [arguments.tp], False),
+        Calibrations.check(arguments, [*candidates, *([probe] if probe else [])], [arguments.tp]),
         arguments.held_out,
         arguments.held_out_windows,
         arguments.out,

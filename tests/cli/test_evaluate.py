@@ -142,6 +142,19 @@ def test_calibrates_on_another_text(tmp_path):
     assert row["spec"].startswith("selective4") and math.isfinite(row["kl_mean"])
 
 
+def test_a_plan_with_specs_that_need_a_calibration(tmp_path, capsys):
+    """Everywhere the same spec is what the spec alone is."""
+    Plan(dict.fromkeys(SITES, "selective4"), tp=2).save(tmp_path / "plan.json")
+    assert evaluate("--comm-plan", str(tmp_path / "plan.json")) == 2
+    assert "plan plan.json's selective4 needs a calibration at TP 2" in capsys.readouterr().err
+    text, path = tmp_path / "other.txt", tmp_path / "result.json"
+    text.write_text("It was the best of houses, and the rain fell upon its roof for many a day. " * 60)
+    argv = ["--comm-plan", str(tmp_path / "plan.json"), "--calibration-text", str(text), "--json", str(path)]
+    assert evaluate(*argv, "--comm", "selective4") == 0
+    alone, planned = json.loads(path.read_text())["rows"]
+    assert planned["spec"] == "plan" and planned["kl_mean"] == alone["kl_mean"] > 0
+
+
 def test_any_family_that_is_known(tmp_path):
     """Not only Megatron's: no engine is asked."""
     import torch
