@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .evaluating import evaluated, measured_noise
 
     windows = subject.windows  # first: a text that is too short is said before anything takes long
-    calibration = found_calibrations.made(subject, [arguments.tp]).get(arguments.tp)
+    calibration = found_calibrations.made(subject).get(arguments.tp)
     sites = arguments.comm_sites and tuple(arguments.comm_sites)
     config = CommConfig(arguments.comm, arguments.comm_algorithm, 0, sites, calibration=calibration)
     case = Case(config, arguments.tp)
@@ -85,7 +85,7 @@ def check(arguments: argparse.Namespace) -> tuple[Subject, Calibrations]:
     check_outputs(json=arguments.json, plot=arguments.plot, progress=arguments.progress)
     check_picture(arguments.plot)
     subject = Subject.check(arguments)
-    return subject, Calibrations.check(arguments, [arguments.comm], [arguments.tp], False)
+    return subject, Calibrations.check(arguments, [arguments.comm], [arguments.tp])
 
 
 def check_comm(arguments: argparse.Namespace) -> None:
@@ -125,6 +125,8 @@ def _table(title: str, rows: Sequence[dict]):
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from .evaluate_report import nats
+
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("compressed", "KL alone", "± error", "share", "SQNR, dB", "KL / noise"):
         table.add_column(column, justify="left" if column == "compressed" else "right")
@@ -132,8 +134,8 @@ def _table(title: str, rows: Sequence[dict]):
         sqnr = row["sqnr_db"]
         table.add_row(
             row["site"],
-            f"{row['kl_mean']:.6f}",
-            f"{row['kl_error']:.6f}",
+            nats(row["kl_mean"], 6),
+            nats(row["kl_error"], 6),
             f"{row['share']:.1%}",
             "-" if sqnr is None else f"{sqnr:.2f}",
             "-" if sqnr is None else f"{row['kl_mean'] * 10 ** (sqnr / 10):.4f}",
