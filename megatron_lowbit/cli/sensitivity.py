@@ -17,12 +17,15 @@ from .job import EXACT
 from .subject import Subject
 
 HELP = "which sites the loss of a spec comes from"
-DESCRIPTION = """Compress one site at a time, or one group of sites, all others exact: the KL divergence that each
-causes alone, how much noise there is in its sum, and in words what that means. One process simulates all ranks."""
+DESCRIPTION = """Compress one site at a time, or one group of sites, all others exact: the KL
+divergence that each causes alone, how much noise there is in its sum, and in
+words what that means. One process simulates all ranks."""
 EXAMPLES = """examples:
   megatron-lowbit sensitivity --tp 8 --comm int2:g32
-  megatron-lowbit sensitivity --model DIR --text held-out.txt --tp 4 --comm int4:g32 --windows 8 --plot where.png
-  megatron-lowbit sensitivity --model DIR --tp 8 --comm int4:g32 --by layer --progress p.safetensors --json now.json
+  megatron-lowbit sensitivity --model DIR --text held-out.txt --tp 4 \\
+      --comm int4:g32 --windows 8 --plot where.png
+  megatron-lowbit sensitivity --model DIR --tp 8 --comm int4:g32 --by layer \\
+      --progress p.safetensors --json now.json
 """
 BY = ("site", "layer", "kind")
 WINDOWS = 16  # KL divergence has no noise from the text: few windows tell, and there is a run for every site
@@ -108,7 +111,7 @@ def _show(subject: Subject, result, arguments: argparse.Namespace, windows: int)
     )
     console = Console(highlight=False, emoji=False)
     console.print(_table(title, result.rows))
-    console.print(result.explanation, markup=False, soft_wrap=True)
+    console.print(result.explanation, markup=False)
     notes = subject.notes([case.tp])
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True)
