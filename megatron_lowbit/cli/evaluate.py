@@ -12,15 +12,21 @@ from .evaluate_job import check
 from .evaluate_report import GATE_FAILED
 
 HELP = "what specs cost in accuracy at a TP size, on one device"
-DESCRIPTION = """Compare a model's predictions with compressed partial sums to its own, token by token, for every spec
-and TP size. One process simulates all ranks, bit for bit what they would reduce; no rank is started."""
+DESCRIPTION = """Compare a model's predictions with compressed partial sums to its own, token by
+token, for every spec and TP size. One process simulates all ranks, bit for bit
+what they would reduce; no rank is started."""
 EXAMPLES = """examples:
   megatron-lowbit evaluate --tp 2,4,8 --comm int8:g128 int4:g32 gauss4:g128
-  megatron-lowbit evaluate --model ~/models/Llama-3.2-1B --text held-out.txt --tp 4 --comm int4:g32 --json now.json
-  megatron-lowbit evaluate --comm int4:g32 --baseline earlier.json --fail-above 0.5%      exit code 3 if it got worse
-  megatron-lowbit evaluate --tp 8 --comm selective4 --calibration-text other.txt --progress p.safetensors
-  megatron-lowbit evaluate --tp 8 --comm int4:g32 --text held-out.txt --tasks local_cloze,local_choice --task-limit 500
-  megatron-lowbit evaluate --tp 2,8 --comm int8:g128 int4:g32 gauss4:g128 --report report    open report/index.html
+  megatron-lowbit evaluate --model ~/models/Llama-3.2-1B --text held-out.txt \\
+      --tp 4 --comm int4:g32 --json now.json
+  megatron-lowbit evaluate --comm int4:g32 --baseline old.json --fail-above 0.5%
+      exit code 3 if it got worse
+  megatron-lowbit evaluate --tp 8 --comm selective4 \\
+      --calibration-text other.txt --progress p.safetensors
+  megatron-lowbit evaluate --tp 8 --comm int4:g32 --text held-out.txt \\
+      --tasks local_cloze,local_choice --task-limit 500
+  megatron-lowbit evaluate --tp 2,8 --comm int8:g128 int4:g32 --report report
+      then open report/index.html
 """
 
 

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from .tasks import Answers
 
 GATE_FAILED = 3  # exit code
+
+
+def nats(value: float, digits: int) -> str:
+    """A KL divergence with so many decimals, or as 1e-07 where these would not show it."""
+    return f"{value:.0e}" if 0 < abs(value) < 10**-digits else f"{value:.{digits}f}"
+
+
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "TP": lambda row: str(row["tp"]),
     "spec": name,
@@ -34,8 +41,8 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "perplexity": lambda row: f"{row['perplexity']:.2f}",
     "loss": lambda row: f"{row['loss']:+.2%}",
     "± 95 %": lambda row: f"{(row['loss_interval'][1] - row['loss_interval'][0]) / 2:.2%}",
-    "KL mean": lambda row: f"{row['kl_mean']:.5f}",
-    "KL p99": lambda row: f"{row['kl_p99']:.4f}",
+    "KL mean": lambda row: nats(row["kl_mean"], 5),
+    "KL p99": lambda row: nats(row["kl_p99"], 4),
     "top-1": lambda row: f"{row['top1_agreement']:.1%}",
 }
 MEANINGS = {

@@ -21,14 +21,18 @@ if TYPE_CHECKING:
     from ..evaluation.planning import Key, Setting
 
 HELP = "choose a spec for each site under a budget"
-DESCRIPTION = """Choose a spec for each site, and for each leg of two-step, under a budget: the fewest bytes for a loss,
-or the least loss for its bits. The whole plan is then measured on text that it was not chosen on."""
+DESCRIPTION = """Choose a spec for each site, and for each leg of two-step, under a budget: the
+fewest bytes for a loss, or the least loss for its bits. The whole plan is then
+measured on text that it was not chosen on."""
 EXAMPLES = f"""examples:
   megatron-lowbit plan --tp 8 --budget-bits 4.25 --out plan.json
-  megatron-lowbit plan --model DIR --text FILE --tp 4 --budget-perplexity 1% --out plan.json --progress p.safetensors
-  megatron-lowbit plan --model DIR --text FILE --held-out OTHER --tp 4 --budget-kl 0.01 --out plan.json
-  megatron-lowbit plan --tp 2 --candidates int4:g32,int6:g32,int8:g128 --probe none --budget-bits 5 --out plan.json
-Exit code {GATE_FAILED}: the plan was written, and breaks its budget on the held-out text."""
+  megatron-lowbit plan --model DIR --text FILE --tp 4 \\
+      --budget-perplexity 1% --out plan.json --progress p.safetensors
+  megatron-lowbit plan --model DIR --text FILE --held-out OTHER --tp 4 \\
+      --budget-kl 0.01 --out plan.json
+  megatron-lowbit plan --tp 2 --candidates int4:g32,int6:g32,int8:g128 \\
+      --probe none --budget-bits 5 --out plan.json
+Exit code {GATE_FAILED}: the plan was written, and breaks its budget on held-out text."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

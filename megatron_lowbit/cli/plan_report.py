@@ -16,7 +16,7 @@ from ..evaluation.metrics import Tokens, summary
 from ..evaluation.planning import predicted
 from ..plan_file import Plan
 from ..spec import parse
-from .evaluate_report import GATE_FAILED, made
+from .evaluate_report import GATE_FAILED, made, nats
 from .files import BUNDLED, write
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _sites(setting: Setting, plan: Plan, result: Result) -> Table:
     for site, spec in list(plan.sites.items())[:SHOWN]:
         legs = [spec] * len(setting.legs) if spec == "exact" else [str(getattr(parse(spec), g)) for g in setting.legs]
         bits = result.case.bits_at(site, setting.features[site])
-        table.add_row(escape(site), *legs, f"{bits:.2f}", f"{predicted(result.effects, setting, {site: spec}):.6f}")
+        table.add_row(escape(site), *legs, f"{bits:.2f}", nats(predicted(result.effects, setting, {site: spec}), 6))
     if len(plan.sites) > SHOWN:
         table.caption = f"and {len(plan.sites) - SHOWN} more: see the file"
     return table
@@ -135,8 +135,8 @@ def _comparison(facts: dict) -> Table:
             row["spec"],
             f"{row['bits_per_value']:.3f}",
             f"{row['bytes_per_token']:,.0f}",
-            f"{row['kl_predicted']:.5f}",
-            f"{row['kl_mean']:.5f}",
+            nats(row["kl_predicted"], 5),
+            nats(row["kl_mean"], 5),
             f"{row['loss']:+.2%}",
             "-" if math.isnan(low) else f"{(high - low) / 2:.2%}",
             end_section=row is own,
@@ -148,8 +148,9 @@ def _words(job: Job, facts: dict) -> str:
     planning, held = facts["planning"], facts["held_out"]
     ratio = planning["predicted_by_measured"]
     lines = [
-        f"Effects added up to {planning['kl_predicted']:.5f} nats; the whole plan cost {planning['kl_mean']:.5f} on "
-        f"the {planning['windows']} windows it was chosen on" + (f" ({ratio:.0%} predicted)." if ratio > 0 else ".")
+        f"Effects added up to {nats(planning['kl_predicted'], 5)} nats; the whole plan cost "
+        f"{nats(planning['kl_mean'], 5)} on the {planning['windows']} windows it was chosen on"
+        + (f" ({ratio:.0%} predicted)." if ratio > 0 else ".")
     ]
     if not facts["holds"]:
         cost = f"{held['loss']:+.2%}" if job.budget.kind == "perplexity" else f"{held['kl_mean']:.5f} nats"
@@ -159,10 +160,13 @@ def _words(job: Job, facts: dict) -> str:
         )
     model = "" if job.subject.folder.folder.resolve() == BUNDLED / "model" else " --model DIR"
     calibration = " --comm-calibration FILE" if any(map(_calibrated, facts["candidates"])) else ""
-    lines.append(
-        f"Use it: megatron-lowbit generate{model} --tp {job.tp} --comm-plan {job.out}{calibration}, "
-        f"--lowbit-comm-plan {job.out} in Megatron's scripts, or CommConfig(plan={str(job.out)!r})."
-    )
+    uses = f"CommConfig(plan={str(job.out)!r})"
+    if job.subject.folder.predicts != "masked":  # an encoder generates nothing
+        uses = (
+            f"megatron-lowbit generate{model} --tp {job.tp} --comm-plan {job.out}{calibration}, "
+            f"--lowbit-comm-plan {job.out} in Megatron's scripts, or {uses}"
+        )
+    lines.append(f"Use it: {uses}.")
     return "\n".join(lines)
 
 

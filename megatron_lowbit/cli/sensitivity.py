@@ -17,12 +17,15 @@ from .job import EXACT
 from .subject import Subject
 
 HELP = "which sites the loss of a spec comes from"
-DESCRIPTION = """Compress one site at a time, or one group of sites, all others exact: the KL divergence that each
-causes alone, how much noise there is in its sum, and in words what that means. One process simulates all ranks."""
+DESCRIPTION = """Compress one site at a time, or one group of sites, all others exact: the KL
+divergence that each causes alone, how much noise there is in its sum, and in
+words what that means. One process simulates all ranks."""
 EXAMPLES = """examples:
   megatron-lowbit sensitivity --tp 8 --comm int2:g32
-  megatron-lowbit sensitivity --model DIR --text held-out.txt --tp 4 --comm int4:g32 --windows 8 --plot where.png
-  megatron-lowbit sensitivity --model DIR --tp 8 --comm int4:g32 --by layer --progress p.safetensors --json now.json
+  megatron-lowbit sensitivity --model DIR --text held-out.txt --tp 4 \\
+      --comm int4:g32 --windows 8 --plot where.png
+  megatron-lowbit sensitivity --model DIR --tp 8 --comm int4:g32 --by layer \\
+      --progress p.safetensors --json now.json
 """
 BY = ("site", "layer", "kind")
 WINDOWS = 16  # KL divergence has no noise from the text: few windows tell, and there is a run for every site
@@ -106,7 +109,7 @@ def _show(subject: Subject, result, arguments: argparse.Namespace, windows: int)
     )
     console = Console(highlight=False, emoji=False)
     console.print(_table(title, result.rows))
-    console.print(result.explanation, markup=False, soft_wrap=True)
+    console.print(result.explanation, markup=False)
     notes = subject.notes([case.tp])
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True)
@@ -124,6 +127,8 @@ def _table(title: str, rows: Sequence[dict]):
     from rich.markup import escape
     from rich.table import Table
 
+    from .evaluate_report import nats
+
     table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("compressed", "KL alone", "± error", "share", "SQNR, dB", "KL / noise"):
         table.add_column(column, justify="left" if column == "compressed" else "right")
@@ -131,8 +136,8 @@ def _table(title: str, rows: Sequence[dict]):
         sqnr = row["sqnr_db"]
         table.add_row(
             escape(row["site"]),
-            f"{row['kl_mean']:.6f}",
-            f"{row['kl_error']:.6f}",
+            nats(row["kl_mean"], 6),
+            nats(row["kl_error"], 6),
             f"{row['share']:.1%}",
             "-" if sqnr is None else f"{sqnr:.2f}",
             "-" if sqnr is None else f"{row['kl_mean'] * 10 ** (sqnr / 10):.4f}",

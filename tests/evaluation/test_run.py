@@ -97,6 +97,14 @@ def test_one_logit_of_minus_infinity_is_seen(monkeypatch):
         list(evaluate(tiny_llama(), [*window, *window], [case("int8:g32")]))
 
 
+def test_says_where_the_models_own_logits_ceased_to_be_finite():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="own logits are not finite; it began before the sum of layers.1.mlp"):
+        list(evaluate(model, windows(1), [case("int8:g128")]))
+
+
 def test_bits_and_bytes():
     features = {"layers.0.attention": 64, "layers.0.mlp": 64}
     two, one = case("int4:g32/int8:g32", tp=4), case("int4:g32", tp=2)
