@@ -47,7 +47,7 @@ class Communicator:
             "version": __version__,
             "protocol": PROTOCOL,
             "spec": config.spec,
-            "algorithm": config.algorithm,
+            "algorithm": policy.wanted(config),
             "min_bytes": config.min_bytes,
             "sites": config.sites and list(config.sites),
             "calibration": config.calibration_digest,

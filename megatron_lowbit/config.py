@@ -26,7 +26,8 @@ class CommConfig:
 
     spec: codec of both legs, or "scatter/gather" (see `megatron_lowbit.spec`); None: what the plan says, or
         DEFAULT_SPEC.
-    algorithm: "auto", "one-shot", "two-step" or "exact"; of the all-reduce, but "exact" holds for all collectives.
+    algorithm: "auto" (with a plan, what it was made for), "one-shot", "two-step" or "exact"; of the all-reduce, but
+        "exact" holds for all collectives.
     min_bytes: of the all-reduce; messages of fewer bytes (in their own dtype) go uncompressed. None: the measured
         threshold with "auto", 0 with a named algorithm (who names one has decided).
     sites: glob patterns of the sites to compress, such as "layers.*.mlp"; None: all. Others go exact, and are counted.

@@ -113,7 +113,7 @@ class Plan:
 
         made = {"megatron_lowbit": __version__, "date": datetime.date.today().isoformat()}
         facts = {"format": FORMAT, "format_version": VERSION, "tp": self.tp, "algorithm": self.algorithm}
-        text = json.dumps(facts | made | dict(self.metadata) | {"sites": dict(self.sites)}, indent=2) + "\n"
+        text = whole_file.as_json(facts | made | dict(self.metadata) | {"sites": dict(self.sites)})
         whole_file.write(path, text.encode(), "plan")
 
     @classmethod

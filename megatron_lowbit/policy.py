@@ -37,7 +37,12 @@ def choose(config: CommConfig, site: str, nbytes: int, world: int, device: str) 
         return exact
     if nbytes < minimum(config, device):
         return Decision("exact", "below min_bytes")
-    return Decision(resolved(config.algorithm, world), chunks=chunks(nbytes, device))
+    return Decision(resolved(wanted(config), world), chunks=chunks(nbytes, device))
+
+
+def wanted(config: CommConfig) -> str:
+    """The algorithm that was asked for. A plan's is, unless another is named: its legs and loss are of that one."""
+    return config.planned.algorithm if config.planned and config.algorithm == "auto" else config.algorithm
 
 
 def chunks(nbytes: int, device: str) -> int:

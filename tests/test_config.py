@@ -45,7 +45,7 @@ def test_sites_are_glob_patterns():
         ({"spec": "int4:outliers=1/64", "calibration": "absent.safetensors"}, "there is no calibration file"),
         ({"plan": "x.json"}, "there is no plan file x.json"),
         ({"plan": "x.json", "spec": "int4"}, "spec 'int4' and a plan exclude each other"),
-        ({"plan": 3}, "plan is 3: give the name of a file"),
+        ({"plan": 3}, "plan is 3: give the name of a plan file"),
     ],
 )
 def test_wrong_values_are_named(arguments, message):

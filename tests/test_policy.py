@@ -5,6 +5,8 @@ import itertools
 import pytest
 
 from megatron_lowbit.config import ALGORITHMS, CommConfig
+from megatron_lowbit.evaluation.cases import Case
+from megatron_lowbit.plan_file import Plan
 from megatron_lowbit.policy import MIN_BYTES, Decision, bypass, choose, minimum
 
 
@@ -28,6 +30,17 @@ def test_over_the_whole_input_space():
             assert decision.algorithm == ("one-shot" if world == 2 else "two-step")
         elif compressed:
             assert decision.algorithm == algorithm
+
+
+def test_a_plan_travels_by_the_algorithm_that_it_was_made_for():
+    for made, world, expected in (("two-step", 2, "two-step"), ("one-shot", 4, "one-shot"), ("auto", 4, "two-step")):
+        plan = Plan({"s": "int8"}, tp=world, algorithm=made)
+        config = CommConfig(plan=plan)
+        assert choose(config, "s", 1 << 30, world, "cpu") == Decision(expected)
+        assert Case(CommConfig(plan=plan, min_bytes=0), world).algorithm == expected
+        limit = MIN_BYTES["cpu"][0]  # for small messages "auto" is what it was
+        assert minimum(config, "cpu") == limit and choose(config, "s", limit - 1, world, "cpu").algorithm == "exact"
+    assert choose(CommConfig(algorithm="one-shot", plan=plan), "s", 1 << 30, world, "cpu") == Decision("one-shot")
 
 
 @pytest.mark.parametrize("device", MIN_BYTES)

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from megatron_lowbit import whole_file
@@ -30,3 +32,9 @@ def test_a_failure_leaves_what_there_was(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="disk full"):
         whole_file.write(path, b"after", "plan")
     assert path.read_bytes() == b"before" and [each.name for each in tmp_path.iterdir()] == ["a"]
+
+
+def test_json_has_no_word_for_what_is_not_finite():
+    found = {"a": [float("nan"), (float("-inf"), 1.5)], "b": {"c": float("inf"), "d": "NaN", "e": None, "f": 2}}
+    read = json.loads(whole_file.as_json(found), parse_constant=pytest.fail)
+    assert read == {"a": [None, [None, 1.5]], "b": {"c": None, "d": "NaN", "e": None, "f": 2}}

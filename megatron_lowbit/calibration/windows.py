@@ -22,8 +22,7 @@ def draw(ids: Sequence[int], samples: int, length: int, seed: int, prefix: Seque
         raise ConfigError(f"a window of {length} tokens has no room behind {len(prefix)} special ones: make it longer")
     if len(ids) < step:
         raise ConfigError(
-            f"the text has {len(ids)} tokens, too few for one window of {step}: give a longer text, or lower "
-            "--sequence-length"
+            f"the text has {len(ids)} tokens, too few for one window of {step}: give a longer text, or shorter windows"
         )
     generator = torch.Generator().manual_seed(seed)
     start = int(torch.randint(len(ids) % step + 1, (), generator=generator))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from ..config import ALGORITHMS, DEFAULT_SPEC
@@ -11,15 +12,21 @@ from .evaluate_job import check
 from .evaluate_report import GATE_FAILED
 
 HELP = "what specs cost in accuracy at a TP size, on one device"
-DESCRIPTION = """Compare a model's predictions with compressed partial sums to its own, token by token, for every spec
-and TP size. One process simulates all ranks, bit for bit what they would reduce; no rank is started."""
+DESCRIPTION = """Compare a model's predictions with compressed partial sums to its own, token by
+token, for every spec and TP size. One process simulates all ranks, bit for bit
+what they would reduce; no rank is started."""
 EXAMPLES = """examples:
   megatron-lowbit evaluate --tp 2,4,8 --comm int8:g128 int4:g32 gauss4:g128
-  megatron-lowbit evaluate --model ~/models/Llama-3.2-1B --text held-out.txt --tp 4 --comm int4:g32 --json now.json
-  megatron-lowbit evaluate --comm int4:g32 --baseline earlier.json --fail-above 0.5%      exit code 3 if it got worse
-  megatron-lowbit evaluate --tp 8 --comm selective4 --calibration-text other.txt --progress p.safetensors
-  megatron-lowbit evaluate --tp 8 --comm int4:g32 --text held-out.txt --tasks local_cloze,local_choice --task-limit 500
-  megatron-lowbit evaluate --tp 2,8 --comm int8:g128 int4:g32 gauss4:g128 --report report    open report/index.html
+  megatron-lowbit evaluate --model ~/models/Llama-3.2-1B --text held-out.txt \\
+      --tp 4 --comm int4:g32 --json now.json
+  megatron-lowbit evaluate --comm int4:g32 --baseline old.json --fail-above 0.5%
+      exit code 3 if it got worse
+  megatron-lowbit evaluate --tp 8 --comm selective4 \\
+      --calibration-text other.txt --progress p.safetensors
+  megatron-lowbit evaluate --tp 8 --comm int4:g32 --text held-out.txt \\
+      --tasks local_cloze,local_choice --task-limit 500
+  megatron-lowbit evaluate --tp 2,8 --comm int8:g128 int4:g32 --report report
+      then open report/index.html
 """
 
 
@@ -27,12 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `evaluate`."""
     subject.add_arguments(parser)
     comm = parser.add_argument_group("communication")
-    comm.add_argument("--tp", type=_sizes, metavar="N,N", default=[2], help="tensor-parallel ranks (default: 2)")
+    comm.add_argument("--tp", type=_sizes, metavar="N,N", help="tensor-parallel ranks (default: 2, or a plan's)")
     comm.add_argument(
         "--comm", nargs="+", action="extend", metavar="SPEC", help=f"what travels (default: {DEFAULT_SPEC})"
     )
     comm.add_argument(
-        "--comm-plan", type=Path, action="append", metavar="FILE", help="a spec for each site; at its TP size"
+        "--comm-plan",
+        "--lowbit-comm-plan",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="a spec for each site; at its TP size",
     )
     comm.add_argument(
         "--comm-algorithm",
@@ -70,9 +82,12 @@ def _sizes(text: str) -> list[int]:
 def percent(text: str) -> float:
     """1% -> 0.01, for argparse."""
     try:
-        return float(text.removesuffix("%")) / 100
+        found = float(text.removesuffix("%")) / 100
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage such as 1%") from None
+        found = math.nan
+    if not math.isfinite(found):  # a gate of infinite width would never fail
+        raise argparse.ArgumentTypeError(f"{text!r} is no percentage such as 1%")
+    return found
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -84,16 +99,16 @@ def run(arguments: argparse.Namespace) -> int:
     job = check(arguments)
     of = job.subject
     windows = of.windows  # first: a text that is too short is said before anything takes long
-    gate = Gate.load(job.baseline, job.fail_above, of.digests) if job.fail_above is not None else None
+    gate = Gate.load(job.baseline, job.fail_above, of.facts, of.digests) if job.fail_above is not None else None
     if job.tasks:
         job.tasks.ready(job.calibrations)
-    calibrations = job.calibrations.made(of, job.tps)
+    calibrations = job.calibrations.made(of)
     cases = job.cases(calibrations)
     rows = evaluate_report.rows(evaluated(of, cases, windows, job.progress), of.features)
     answers = job.tasks and job.tasks.answers(cases, job.progress)
-    if job.report:
-        evaluate_page.write(job, rows, calibrations, tasks_report.rows(answers.found) if answers else ())
     code = evaluate_report.show(job, rows, gate, answers)
+    if job.report:  # last, as it runs the model again: what was found is written by then
+        evaluate_page.write(job, rows, calibrations, tasks_report.rows(answers.found) if answers else ())
     if answers:
         answers.check()  # when everything else has been shown and written
     return code

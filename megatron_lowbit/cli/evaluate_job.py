@@ -12,13 +12,16 @@ from ..calibration_file import Calibration
 from ..config import ALGORITHMS, DEFAULT_SPEC, CommConfig
 from ..errors import ConfigError
 from ..evaluation.cases import Case
+from ..plan_file import Plan
 from ..spec import parse
 from . import evaluate_page, launch
 from .calibrations import Calibrations
-from .files import check_output
+from .files import check_outputs, check_picture
 from .job import EXACT
 from .subject import Subject
 from .tasks import Tasks
+
+TP = 2  # ranks, where none are asked for
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Job:
     subject: Subject
     tps: tuple[int, ...]
     specs: tuple[str, ...]
-    plans: tuple[Path, ...]
+    plans: tuple[Plan, ...]
     algorithms: tuple[str, ...]
     sites: tuple[str, ...] | None
     calibrations: Calibrations
@@ -49,8 +52,10 @@ class Job:
             calibration = calibrations.get(tp) if parse(spec).calibrated else None
             found.append(Case(CommConfig(spec, algorithm, 0, self.sites, calibration=calibration), tp))
         for plan, algorithm in product(self.plans, self.algorithms):
-            config = CommConfig(None, algorithm, 0, self.sites, plan=plan)
-            found.append(Case(config, config.planned.tp))
+            calibration = calibrations.get(plan.tp) if _calibrated(plan) else None
+            named = plan.algorithm if algorithm == "auto" else algorithm  # plans may differ in nothing else
+            config = CommConfig(None, named, 0, self.sites, calibration=calibration, plan=plan)
+            found.append(Case(config, plan.tp))
         return list({case.key: case for case in found}.values())  # "auto" may be what was also named
 
 
@@ -61,32 +66,34 @@ def check(arguments: argparse.Namespace) -> Job:
     for algorithm in arguments.comm_algorithm:
         if algorithm not in ALGORITHMS or algorithm == EXACT:
             raise ConfigError(f"--comm-algorithm is {algorithm!r}: use one of {', '.join(ALGORITHMS[:3])}")
-    plans = tuple(arguments.comm_plan or ())
+    plans = tuple(Plan.load(path) for path in arguments.comm_plan or ())
     specs = arguments.comm or ([] if plans else [DEFAULT_SPEC])
     if EXACT in specs:
         raise ConfigError(f"--comm {EXACT} is what all others are compared with anyway: leave it out")
     specs = tuple(dict.fromkeys(str(parse(spec)) for spec in specs))
-    for tp in arguments.tp:
+    tps = arguments.tp or [TP]
+    for tp in tps:
         if tp < 2:
             raise ConfigError(f"--tp has {tp}: give 2 or more ranks, as fewer have nothing to communicate")
-    for name in ("json", "plot", "progress"):
-        check_output(getattr(arguments, name), f"--{name}")
+    for plan in plans if arguments.tp else ():
+        if plan.tp not in tps:
+            raise ConfigError(f"{plan.name} was made for TP {plan.tp}: add that to --tp, or make one for TP {tps[0]}")
+    check_outputs(json=arguments.json, plot=arguments.plot, progress=arguments.progress)
     if arguments.baseline and arguments.fail_above is None:
         raise ConfigError("--baseline compares for --fail-above: give that too, such as --fail-above 0.5%")
-    if arguments.plot:
-        from ..calibration.plot import check_installed
-
-        check_installed()
+    check_picture(arguments.plot)
     evaluate_page.check(arguments)
     subject = Subject.check(arguments)
+    needing = {plan.tp: plan.name for plan in plans if _calibrated(plan)}
+    needing |= {tp: spec for tp in tps for spec in specs if parse(spec).calibrated}
     return Job(
         subject,
-        tuple(arguments.tp),
+        tuple(tps),
         specs,
         plans,
         tuple(arguments.comm_algorithm),
         arguments.comm_sites and tuple(arguments.comm_sites),
-        Calibrations.check(arguments, specs, arguments.tp, bool(plans)),
+        Calibrations.check(arguments, needing),
         Tasks.check(arguments, subject),
         arguments.json,
         arguments.plot,
@@ -97,3 +104,8 @@ def check(arguments: argparse.Namespace) -> Job:
         arguments.baseline,
         arguments.fail_above,
     )
+
+
+def _calibrated(plan: Plan) -> bool:
+    """Whether some site's spec needs a calibration."""
+    return any(spec.calibrated for spec in plan.specs)

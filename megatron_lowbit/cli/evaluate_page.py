@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NUMBER = int | float
 FACTS = {"fingerprint": str, "spec": str, "tp": int, "algorithm": str, "kl_all": NUMBER, "explanation": str}
-ROW = {"site": str, "layer": int | None, "kind": str, "kl_mean": NUMBER, "kl_error": NUMBER, "share": NUMBER}
+ROW = {"site": str, "layer": int | None, "kind": str, "kl_mean": NUMBER, "kl_error": NUMBER | None, "share": NUMBER}
 ROW |= {"sqnr_db": NUMBER | None}
 
 
@@ -90,6 +90,7 @@ def write(
 
     subject, tp = job.subject, max(row["tp"] for row in rows)
     outliers = consistency(subject.model, subject.windows, tp, calibrations.get(tp))
-    findings = Findings(subject.facts | made(), rows, job.command, job.sensitivity, outliers, tasks)
+    notes = subject.notes(row["tp"] for row in rows)
+    findings = Findings(subject.facts | made(), rows, job.command, job.sensitivity, outliers, tasks, notes)
     path = write_page(findings, job.report)
     Console(highlight=False, emoji=False).print(f"report: {path}", soft_wrap=True, markup=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
@@ -13,17 +12,26 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .. import whole_file
 from ..evaluation.cases import Case
 from ..evaluation.gate import Gate
 from ..evaluation.metrics import Tokens, summary
 from ..evaluation.verdict import name, saving
 from . import tasks_report
+from .files import write
 
 if TYPE_CHECKING:
     from .evaluate_job import Job
     from .tasks import Answers
 
 GATE_FAILED = 3  # exit code
+
+
+def nats(value: float, digits: int) -> str:
+    """A KL divergence with so many decimals, or as 1e-07 where these would not show it."""
+    return f"{value:.0e}" if 0 < abs(value) < 10**-digits else f"{value:.{digits}f}"
+
+
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "TP": lambda row: str(row["tp"]),
     "spec": name,
@@ -33,8 +41,8 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "perplexity": lambda row: f"{row['perplexity']:.2f}",
     "loss": lambda row: f"{row['loss']:+.2%}",
     "± 95 %": lambda row: f"{(row['loss_interval'][1] - row['loss_interval'][0]) / 2:.2%}",
-    "KL mean": lambda row: f"{row['kl_mean']:.5f}",
-    "KL p99": lambda row: f"{row['kl_p99']:.4f}",
+    "KL mean": lambda row: nats(row["kl_mean"], 5),
+    "KL p99": lambda row: nats(row["kl_p99"], 4),
     "top-1": lambda row: f"{row['top1_agreement']:.1%}",
 }
 MEANINGS = {
@@ -80,8 +88,8 @@ def show(job: Job, rows: Sequence[dict], gate: Gate | None, answers: Answers | N
         found |= {"tasks": tasks_report.rows(answers.found)} | answers.facts
         tasks_report.show(console, found["tasks"])
     if job.json:
-        text = json.dumps(facts | made() | found | {"tensors": job.subject.digests}, indent=1)
-        job.json.write_text(text + "\n", encoding="utf-8")
+        text = whole_file.as_json(facts | made() | found | {"tensors": job.subject.digests})
+        write(job.json, text.encode(), "--json")
     if job.plot:
         from ..evaluation.plot import plot
 

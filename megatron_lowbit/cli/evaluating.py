@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,18 +19,24 @@ if TYPE_CHECKING:
     from ..evaluation.noise import Noise
 
 
+def check_patterns(patterns: Sequence[str], sites: Iterable[str]) -> None:
+    """Raise ConfigError for one of --comm-sites that selects nothing: a slip of the pen, that would go unnoticed."""
+    sites = list(sites)
+    for pattern in patterns:
+        if not any(fnmatchcase(site, pattern) for site in sites):
+            raise ConfigError(f"--comm-sites {pattern} selects none of {', '.join(sites[:3])} …")
+
+
 def check_cases(subject: Subject, cases: Sequence[Case]) -> None:
-    """Raise ConfigError for a case that compresses nothing, or whose plan or calibration is of another model, and
-    ModelError for one whose TP size does not divide the features of a layer."""
+    """Raise ConfigError for a pattern of sites that selects none and a plan or calibration of another model, and
+    ModelError for a case whose TP size does not divide the features of a layer."""
     from ..engines.simulated_tp import check_tp
 
     sites = subject.features
     for tp in sorted({case.tp for case in cases}):
         check_tp(subject.model, tp)
     for case in cases:
-        if not any(map(case.config.selects, sites)):
-            named = " ".join(case.config.sites)
-            raise ConfigError(f"--comm-sites {named} selects none of {', '.join(list(sites)[:3])} …")
+        check_patterns(case.config.sites or (), sites)
         tensors = subject.digests if case.config.planned else {}
         case.config.check(sites, case.tp, subject.facts["fingerprint"], tensors)
 

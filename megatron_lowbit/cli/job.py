@@ -73,7 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what 'calibrate' wrote for this model and --tp; selective4 and outliers= need it",
     )
-    comm.add_argument("--comm-plan", type=Path, metavar="FILE", help="a spec for each site, as plan chooses them")
+    comm.add_argument(
+        "--comm-plan",
+        "--lowbit-comm-plan",  # as in Megatron's scripts
+        type=Path,
+        metavar="FILE",
+        help="a spec for each site, as plan chooses them",
+    )
     comm.add_argument("--compare", action="store_true", help="run exactly as well, and compare")
     comm.add_argument(
         "--timeout", type=float, metavar="SECONDS", default=300, help="give up on a silent rank (default: 300)"
@@ -197,9 +203,10 @@ def _check_sites(config: CommConfig, facts: ModelFacts, model: Path, tp: int) ->
             "other globs"
         )
     if config.per_site:
-        from ..engines.fingerprint import fingerprint
+        from ..engines.fingerprint import fingerprint, tensor_digests
 
-        config.check(sites, tp, fingerprint(model))
+        tensors = tensor_digests(model) if config.planned else {}
+        config.check(sites, tp, fingerprint(model), tensors)
 
 
 def _text(given: Path | None, facts: ModelFacts) -> str | None:

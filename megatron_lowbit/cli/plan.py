@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,18 @@ if TYPE_CHECKING:
     from ..evaluation.planning import Key, Setting
 
 HELP = "choose a spec for each site under a budget"
-DESCRIPTION = """Choose a spec for each site, and for each leg of two-step, under a budget: the fewest bytes for a loss,
-or the least loss for its bits. The whole plan is then measured on text that it was not chosen on."""
+DESCRIPTION = """Choose a spec for each site, and for each leg of two-step, under a budget: the
+fewest bytes for a loss, or the least loss for its bits. The whole plan is then
+measured on text that it was not chosen on."""
 EXAMPLES = f"""examples:
   megatron-lowbit plan --tp 8 --budget-bits 4.25 --out plan.json
-  megatron-lowbit plan --model DIR --text FILE --tp 4 --budget-perplexity 1% --out plan.json --progress p.safetensors
-  megatron-lowbit plan --model DIR --text FILE --held-out OTHER --tp 4 --budget-kl 0.01 --out plan.json
-  megatron-lowbit plan --tp 2 --candidates int4:g32,int6:g32,int8:g128 --probe none --budget-bits 5 --out plan.json
-Exit code {GATE_FAILED}: the plan was written, and breaks its budget on the held-out text."""
+  megatron-lowbit plan --model DIR --text FILE --tp 4 \\
+      --budget-perplexity 1% --out plan.json --progress p.safetensors
+  megatron-lowbit plan --model DIR --text FILE --held-out OTHER --tp 4 \\
+      --budget-kl 0.01 --out plan.json
+  megatron-lowbit plan --tp 2 --candidates int4:g32,int6:g32,int8:g128 \\
+      --probe none --budget-bits 5 --out plan.json
+Exit code {GATE_FAILED}: the plan was written, and breaks its budget on held-out text."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,14 +93,16 @@ def run(arguments: argparse.Namespace) -> int:
     job = check(arguments)
     from ..evaluation.budget import search
     from ..evaluation.metrics import mean
-    from ..evaluation.planning import Setting, options, uncompressed
+    from ..evaluation.planning import Setting, check_bits, options, uncompressed
     from . import plan_report
     from .evaluating import evaluated
 
     of = job.subject
     windows, other, held_out, first = job.windows()  # first: what is too short is said before anything takes long
-    calibration = job.calibrations.made(of, [job.tp]).get(job.tp)
+    calibration = job.calibrations.made(of).get(job.tp)
     setting = Setting(job.tp, job.algorithm, of.features, calibration)
+    if job.budget.kind == "bits":  # before any run, and so without effects
+        check_bits(setting, options(setting, defaultdict(float), job.candidates), job.budget.value)
     uniform = {spec: setting.everywhere(spec) for spec in job.candidates}
     nothing = uncompressed(next(iter(uniform.values())))
     found: dict[Case, Sequence[Tokens]] = evaluated(of, [nothing, *uniform.values()], windows, job.progress)

@@ -16,7 +16,7 @@ from ..policy import resolved
 from ..spec import parse_leg
 from . import launch
 from .calibrations import Calibrations
-from .files import check_output, read_text
+from .files import check_outputs, read_text
 from .job import EXACT
 from .sensitivity import check_comm
 from .subject import Subject
@@ -101,11 +101,14 @@ def check(arguments: argparse.Namespace) -> Job:
     probe = None if arguments.probe == DIRECT else str(parse_leg(arguments.probe))
     if arguments.held_out_windows is not None and arguments.held_out_windows < 1:
         raise ConfigError(f"--held-out-windows is {arguments.held_out_windows}: give 1 or more")
-    for name in ("out", "json", "progress"):
-        check_output(getattr(arguments, name), f"--{name}")
+    check_outputs(out=arguments.out, json=arguments.json, progress=arguments.progress)
     subject = Subject.check(arguments)
     if arguments.held_out is not None and read_text(arguments.held_out, "--held-out") == subject.text:
         raise ConfigError("--held-out is the text that is planned on: give another, or leave it out")
+    needing = [spec for spec in (*candidates, *([probe] if probe else ())) if parse_leg(spec).calibrated]
+    calibrations = Calibrations.check(arguments, {arguments.tp: needing[0]} if needing else {})
+    if arguments.held_out is not None:
+        calibrations.check_text(read_text(arguments.held_out, "--held-out"), "that is held out")
     return Job(
         subject,
         arguments.tp,
@@ -113,7 +116,7 @@ def check(arguments: argparse.Namespace) -> Job:
         candidates,
         probe,
         budget,
-        Calibrations.check(arguments, [*candidates, *([probe] if probe else [])], [arguments.tp], False),
+        calibrations,
         arguments.held_out,
         arguments.held_out_windows,
         arguments.out,

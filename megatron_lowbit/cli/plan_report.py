@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from .. import whole_file
 from ..evaluation.metrics import Tokens, summary
 from ..evaluation.planning import predicted
 from ..plan_file import Plan
 from ..spec import parse
-from .evaluate_report import GATE_FAILED, made
-from .files import BUNDLED
+from .evaluate_report import GATE_FAILED, made, nats
+from .files import BUNDLED, write
 
 if TYPE_CHECKING:
     from ..evaluation.planning import Setting
@@ -37,7 +38,7 @@ def show(job: Job, setting: Setting, other: Subject, result: Result) -> int:
             {"site": site, "leg": leg, "spec": spec, "kl": kl} for (site, leg, spec), kl in result.effects.items()
         ]
         text = {**facts, "tp": plan.tp, "algorithm": plan.algorithm, "sites": dict(plan.sites), "effects": effects}
-        job.json.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+        write(job.json, whole_file.as_json(text).encode(), "--json")
     console = Console(highlight=False, emoji=False)
     console.print(_sites(setting, plan, result))
     console.print(_comparison(facts))
@@ -55,6 +56,7 @@ def _plan(job: Job, setting: Setting, other: Subject, result: Result) -> Plan:
     holds = job.budget.kind == "bits" or job.budget.cost(held_out).value <= job.budget.nats
     kl = result.floor + predicted(result.effects, setting, chosen.sites)
     measured = _figures(result.planning[case])
+    ratio = kl / measured["kl_mean"] if measured["kl_mean"] else math.nan  # nothing was lost
     rows = [
         {
             "spec": spec,
@@ -75,7 +77,7 @@ def _plan(job: Job, setting: Setting, other: Subject, result: Result) -> Plan:
         "probe": job.probe,
         "bits_per_value": case.bits_per_value(setting.features),
         "bytes_per_token": case.bytes_per_token(setting.features),
-        "planning": {"kl_predicted": kl, "predicted_by_measured": kl / measured["kl_mean"], **measured},
+        "planning": {"kl_predicted": kl, "predicted_by_measured": ratio, **measured},
         "held_out": {
             "text": other.facts["text"],
             "text_sha256": other.facts["text_sha256"],
@@ -89,31 +91,30 @@ def _plan(job: Job, setting: Setting, other: Subject, result: Result) -> Plan:
 
 
 def _figures(tokens: Sequence[Tokens]) -> dict:
-    """Of a case over some windows, as `evaluate --json` names them; what is unknown is null."""
+    """Of a case over some windows, as `evaluate --json` names them."""
     of = summary(tokens)
-    known = lambda x: x if math.isfinite(x) else None  # noqa: E731
     return {
         "windows": of.windows,
         "tokens": of.tokens,
         "kl_mean": of.kl_mean,
-        "kl_error": known(of.kl_error),
+        "kl_error": of.kl_error,
         "perplexity": of.perplexity,
         "perplexity_exact": of.perplexity_exact,
         "loss": of.loss,
-        "loss_interval": [known(bound) for bound in of.loss_interval],
+        "loss_interval": list(of.loss_interval),
         "top1_agreement": of.top1_agreement,
     }
 
 
 def _sites(setting: Setting, plan: Plan, result: Result) -> Table:
     title = f"{plan.name}: TP {plan.tp}, {plan.algorithm}; KL: predicted"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("site", *setting.legs, "bits", "KL"):
         table.add_column(column, justify="right" if column in ("bits", "KL") else "left", overflow="fold")
     for site, spec in list(plan.sites.items())[:SHOWN]:
         legs = [spec] * len(setting.legs) if spec == "exact" else [str(getattr(parse(spec), g)) for g in setting.legs]
         bits = result.case.bits_at(site, setting.features[site])
-        table.add_row(site, *legs, f"{bits:.2f}", f"{predicted(result.effects, setting, {site: spec}):.6f}")
+        table.add_row(escape(site), *legs, f"{bits:.2f}", nats(predicted(result.effects, setting, {site: spec}), 6))
     if len(plan.sites) > SHOWN:
         table.caption = f"and {len(plan.sites) - SHOWN} more: see the file"
     return table
@@ -123,8 +124,8 @@ def _comparison(facts: dict) -> Table:
     """The plan beside the same spec everywhere."""
     held = facts["held_out"]
     title = f"on {held['windows']} held-out windows of {held['text']}"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("", "bits", "bytes/token", "KL predicted", "KL", "loss", "± 95 %"):
+    table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("", "bits", "bytes per token", "KL predicted", "KL", "loss", "± 95 %"):
         table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     own = {"spec": "this plan", "kl_predicted": facts["planning"]["kl_predicted"], **held}
     own |= {name: facts[name] for name in ("bits_per_value", "bytes_per_token")}
@@ -134,10 +135,10 @@ def _comparison(facts: dict) -> Table:
             row["spec"],
             f"{row['bits_per_value']:.3f}",
             f"{row['bytes_per_token']:,.0f}",
-            f"{row['kl_predicted']:.5f}",
-            f"{row['kl_mean']:.5f}",
+            nats(row["kl_predicted"], 5),
+            nats(row["kl_mean"], 5),
             f"{row['loss']:+.2%}",
-            "-" if low is None else f"{(high - low) / 2:.2%}",
+            "-" if math.isnan(low) else f"{(high - low) / 2:.2%}",
             end_section=row is own,
         )
     return table
@@ -147,8 +148,9 @@ def _words(job: Job, facts: dict) -> str:
     planning, held = facts["planning"], facts["held_out"]
     ratio = planning["predicted_by_measured"]
     lines = [
-        f"Effects added up to {planning['kl_predicted']:.5f} nats; the whole plan cost {planning['kl_mean']:.5f} on "
-        f"the {planning['windows']} windows it was chosen on ({ratio:.0%} predicted)."
+        f"Effects added up to {nats(planning['kl_predicted'], 5)} nats; the whole plan cost "
+        f"{nats(planning['kl_mean'], 5)} on the {planning['windows']} windows it was chosen on"
+        + (f" ({ratio:.0%} predicted)." if ratio > 0 else ".")
     ]
     if not facts["holds"]:
         cost = f"{held['loss']:+.2%}" if job.budget.kind == "perplexity" else f"{held['kl_mean']:.5f} nats"
@@ -158,10 +160,13 @@ def _words(job: Job, facts: dict) -> str:
         )
     model = "" if job.subject.folder.folder.resolve() == BUNDLED / "model" else " --model DIR"
     calibration = " --comm-calibration FILE" if any(map(_calibrated, facts["candidates"])) else ""
-    lines.append(
-        f"Use it: megatron-lowbit generate{model} --tp {job.tp} --comm-plan {job.out}{calibration}, "
-        f"--lowbit-comm-plan {job.out} in Megatron's scripts, or CommConfig(plan={str(job.out)!r})."
-    )
+    uses = f"CommConfig(plan={str(job.out)!r})"
+    if job.subject.folder.predicts != "masked":  # an encoder generates nothing
+        uses = (
+            f"megatron-lowbit generate{model} --tp {job.tp} --comm-plan {job.out}{calibration}, "
+            f"--lowbit-comm-plan {job.out} in Megatron's scripts, or {uses}"
+        )
+    lines.append(f"Use it: {uses}.")
     return "\n".join(lines)
 
 

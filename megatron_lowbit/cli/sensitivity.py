@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import whole_file
 from ..config import ALGORITHMS, DEFAULT_SPEC, CommConfig
 from ..errors import ConfigError
 from ..spec import parse
 from . import calibrations, launch, subject
 from .calibrations import Calibrations
-from .files import check_output
+from .files import check_outputs, check_picture, write
 from .job import EXACT
 from .subject import Subject
 
 HELP = "which sites the loss of a spec comes from"
-DESCRIPTION = """Compress one site at a time, or one group of sites, all others exact: the KL divergence that each
-causes alone, how much noise there is in its sum, and in words what that means. One process simulates all ranks."""
+DESCRIPTION = """Compress one site at a time, or one group of sites, all others exact: the KL
+divergence that each causes alone, how much noise there is in its sum, and in
+words what that means. One process simulates all ranks."""
 EXAMPLES = """examples:
   megatron-lowbit sensitivity --tp 8 --comm int2:g32
-  megatron-lowbit sensitivity --model DIR --text held-out.txt --tp 4 --comm int4:g32 --windows 8 --plot where.png
-  megatron-lowbit sensitivity --model DIR --tp 8 --comm int4:g32 --by layer --progress p.safetensors --json now.json
+  megatron-lowbit sensitivity --model DIR --text held-out.txt --tp 4 \\
+      --comm int4:g32 --windows 8 --plot where.png
+  megatron-lowbit sensitivity --model DIR --tp 8 --comm int4:g32 --by layer \\
+      --progress p.safetensors --json now.json
 """
 BY = ("site", "layer", "kind")
 WINDOWS = 16  # KL divergence has no noise from the text: few windows tell, and there is a run for every site
@@ -55,16 +58,15 @@ def run(arguments: argparse.Namespace) -> int:
     subject, found_calibrations = check(arguments)
     from ..evaluation import sensitivity
     from ..evaluation.cases import Case
-    from .evaluating import evaluated, measured_noise
+    from .evaluating import check_patterns, evaluated, measured_noise
 
     windows = subject.windows  # first: a text that is too short is said before anything takes long
-    calibration = found_calibrations.made(subject, [arguments.tp]).get(arguments.tp)
+    calibration = found_calibrations.made(subject).get(arguments.tp)
     sites = arguments.comm_sites and tuple(arguments.comm_sites)
     config = CommConfig(arguments.comm, arguments.comm_algorithm, 0, sites, calibration=calibration)
     case = Case(config, arguments.tp)
+    check_patterns(sites or (), subject.features)
     chosen = [site for site in subject.features if config.selects(site)]
-    if not chosen:
-        raise ConfigError(f"--comm-sites {' '.join(sites)} selects none of {', '.join(list(subject.features)[:3])} …")
     groups = sensitivity.grouped(chosen, arguments.by)
     found = evaluated(subject, sensitivity.cases(case, groups), windows, arguments.progress)
     [noise] = measured_noise(subject, windows, [config], arguments.tp)
@@ -80,15 +82,11 @@ def check(arguments: argparse.Namespace) -> tuple[Subject, Calibrations]:
     check_comm(arguments)
     if arguments.comm == EXACT:
         raise ConfigError(f"--comm {EXACT} compresses nothing: give a spec such as {DEFAULT_SPEC}")
-    parse(arguments.comm)
-    for name in ("json", "plot", "progress"):
-        check_output(getattr(arguments, name), f"--{name}")
-    if arguments.plot:
-        from ..calibration.plot import check_installed
-
-        check_installed()
+    calibrated = parse(arguments.comm).calibrated
+    check_outputs(json=arguments.json, plot=arguments.plot, progress=arguments.progress)
+    check_picture(arguments.plot)
     subject = Subject.check(arguments)
-    return subject, Calibrations.check(arguments, [arguments.comm], [arguments.tp], False)
+    return subject, Calibrations.check(arguments, {arguments.tp: arguments.comm} if calibrated else {})
 
 
 def check_comm(arguments: argparse.Namespace) -> None:
@@ -111,32 +109,35 @@ def _show(subject: Subject, result, arguments: argparse.Namespace, windows: int)
     )
     console = Console(highlight=False, emoji=False)
     console.print(_table(title, result.rows))
-    console.print(result.explanation, markup=False, soft_wrap=True)
+    console.print(result.explanation, markup=False)
     notes = subject.notes([case.tp])
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True)
     if arguments.json:
-        text = json.dumps(facts | made() | {"windows": windows, "notes": notes} | result.facts, indent=1)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        found = facts | made() | {"windows": windows, "notes": notes} | result.facts
+        write(arguments.json, whole_file.as_json(found).encode(), "--json")
     if arguments.plot:
         from ..evaluation.heat_map import heat_map
 
-        arguments.plot.write_bytes(heat_map(result.rows, title))
+        write(arguments.plot, heat_map(result.rows, title), "--plot")
 
 
 def _table(title: str, rows: Sequence[dict]):
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    from .evaluate_report import nats
+
+    table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("compressed", "KL alone", "± error", "share", "SQNR, dB", "KL / noise"):
         table.add_column(column, justify="left" if column == "compressed" else "right")
     for row in rows:
         sqnr = row["sqnr_db"]
         table.add_row(
-            row["site"],
-            f"{row['kl_mean']:.6f}",
-            f"{row['kl_error']:.6f}",
+            escape(row["site"]),
+            nats(row["kl_mean"], 6),
+            nats(row["kl_error"], 6),
             f"{row['share']:.1%}",
             "-" if sqnr is None else f"{sqnr:.2f}",
             "-" if sqnr is None else f"{row['kl_mean'] * 10 ** (sqnr / 10):.4f}",

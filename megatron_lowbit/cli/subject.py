@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -74,7 +75,7 @@ class Subject:
     def reading(self, path: Path, count: int | None, most: int) -> Subject:
         """The same model with other windows: of the text at `path`, `count` or at most `most`."""
         other = replace(self, path=path, count=count, most=most)
-        same = ("model", "tokenizer", "features", "digests", *(("text",) if path == self.path else ()))
+        same = ("model", "tokenizer", "features", "digests", *(("text", "ids") if path == self.path else ()))
         vars(other).update({name: vars(self)[name] for name in same if name in vars(self)})
         return other
 
@@ -93,6 +94,11 @@ class Subject:
     def tokens(self, text: str) -> list[int]:
         """Without special tokens."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    @cached_property
+    def ids(self) -> list[int]:
+        """The text's tokens."""
+        return self.tokens(self.text)
 
     @property
     def prefix(self) -> list[int]:
@@ -113,14 +119,20 @@ class Subject:
         which questions need."""
         from ..evaluation.windows import consecutive, continued, masked
 
-        how = self.tokens(self.text), self.length, self.stride, self.count
-        if self.folder.predicts == "next":
-            found = consecutive(*how, self.prefix)
-        elif self.folder.predicts == "masked":
-            mask, spared = self._token("mask_token_id"), self.tokenizer.all_special_ids
-            found = masked(*how, *self._special, mask=mask, spared=spared)
-        else:
-            found = continued(*how, *self._special, start=self._token("decoder_start_token_id"))
+        ids = self.ids
+        if self.count is None:  # with a stride of 1 there are as many windows as tokens: gigabytes, to be forgotten
+            ids = ids[: self.length + (self.most - 1) * (self.stride or self.length)]
+        how = ids, self.length, self.stride, self.count
+        try:
+            if self.folder.predicts == "next":
+                found = consecutive(*how, self.prefix)
+            elif self.folder.predicts == "masked":
+                mask, spared = self._token("mask_token_id"), self.tokenizer.all_special_ids
+                found = masked(*how, *self._special, mask=mask, spared=spared)
+            else:
+                found = continued(*how, *self._special, start=self._token("decoder_start_token_id"))
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}") from error  # a command may read several texts
         return found[: self.count or self.most]
 
     def _token(self, name: str) -> int:
@@ -158,8 +170,12 @@ class Subject:
 
     def notes(self, tps: Iterable[int]) -> list[str]:
         """What a reader of results at these TP sizes must know."""
+        from ..engines.simulated_tp import whole_experts
+
+        whole = whole_experts(self.model)
+        experts = f"{whole} stays whole, as no policy lists such experts: what ranks would sum there is exact here"
         uneven = {tp: self.folder.uneven_heads(tp) for tp in sorted(set(tps))}
-        return [
+        return ([experts] if whole else []) + [
             f"TP {tp} divides the features of every site, but not {heads}: no engine here runs it; what is said of it "
             "is what such sums would lose"
             for tp, heads in uneven.items()
@@ -177,6 +193,7 @@ class Subject:
             "fingerprint": fingerprint(self.folder.folder),
             "text": self.path.name,
             "text_sha256": hashlib.sha256(self.text.encode()).hexdigest(),
+            "tokens_sha256": hashlib.sha256(json.dumps([*self._special, self.ids]).encode()).hexdigest(),
             "window_length": str(self.length),
             "stride": str(self.stride or self.length),
             "dtype": str(self.model.dtype).removeprefix("torch."),

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     local = " and ".join(local_tasks.TASKS)
     group.add_argument(
         "--tasks",
-        type=lambda text: [name for name in text.split(",") if name],
+        type=_names,
         metavar="NAME,…",
         help=f"tasks of lm-evaluation-harness; {local} are made of the text, and need no download",
     )
@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--confirm-run-unsafe-code", action="store_true", help="let tasks run code that the model writes"
     )
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names no task: give some, such as local_cloze,local_choice")
+    return names
 
 
 @dataclass
@@ -129,9 +136,8 @@ class Tasks:
     def ready(self, calibrations: Calibrations) -> None:
         """Make the local tasks, and look up the others. Raises ConfigError for unknown names, for a text without any
         questions and for one that a calibration is to be made of."""
-        if self.text is not None and calibrations.text is not None:
-            if read_text(calibrations.text, "--calibration-text") == self.text:
-                raise ConfigError("--calibration-text is the text of the tasks: give another, or results would flatter")
+        if self.text is not None:
+            calibrations.check_text(self.text, "of the tasks")
         _ = self._manager
 
     @cached_property
@@ -156,7 +162,9 @@ class Tasks:
         from rich.progress import Progress as Bar
 
         found = Answers(self.facts)
-        facts = {name: self.subject.facts[name] for name in ("fingerprint", "dtype", "megatron_lowbit")} | self.facts
+        facts = {
+            name: self.subject.facts[name] for name in ("fingerprint", "tokens_sha256", "dtype", "megatron_lowbit")
+        } | self.facts
         file = TaskFile(progress and progress.with_name(progress.name + ".tasks.json"), facts)
         runs = [None, *cases]
         with (

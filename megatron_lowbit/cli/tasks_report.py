@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..evaluation.cases import Case
@@ -77,7 +78,7 @@ def show(console: Console, rows: Sequence[dict]) -> None:
     if rows:
         console.print(_table(rows))
     for line in resolution(rows):
-        console.print(line, soft_wrap=True)
+        console.print(line, soft_wrap=True, markup=False)
 
 
 def _table(rows: Sequence[dict]) -> Table:
@@ -86,11 +87,12 @@ def _table(rows: Sequence[dict]) -> Table:
         made.add_column(column, justify="left" if column == "spec" else "right", no_wrap=column != "spec")
     for before, row, after in zip([None, *rows], rows, [*rows[1:], None], strict=False):
         if before is None or _of(before) != _of(row):
-            made.add_row("exact", f"[bold]{row['task']} {row['metric']}[/]", score(row["exact"], row))
+            heading = escape(f"{row['task']} {row['metric']}")
+            made.add_row("exact", f"[bold]{heading}[/]", score(row["exact"], row))
         interval, p = row["change_interval"], row["p_value"]
         made.add_row(
             str(row["tp"]),
-            row["plan"] or row["spec"],
+            escape(row["plan"] or row["spec"]),
             score(row["value"], row),
             f"{row['value'] / row['exact']:.1%}" if row["exact"] else "",
             difference(row["change"], row),

@@ -96,6 +96,19 @@ def features(model: torch.nn.Module) -> dict[str, int]:
     }
 
 
+def whole_experts(model: torch.nn.Module) -> str | None:
+    """The first of the modules that hold all experts of a layer and make no partial sums here, as no policy lists them.
+
+    DeepSpeed leaves them whole too; an engine that shards them has sums there that are not simulated.
+    """
+    split = {id(layer) for _, layer in _row_parallel(model)}
+    for path, module in model.named_modules():
+        down = vars(module).get("_parameters", {}).get("down_proj")
+        if down is not None and down.dim() == 3 and id(module) not in split:
+            return path
+    return None
+
+
 def _is_experts(layer: torch.nn.Module) -> bool:
     return not hasattr(layer, "weight")
 

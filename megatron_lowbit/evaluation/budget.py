@@ -33,6 +33,8 @@ class Budget:
     def __post_init__(self) -> None:
         if not (0 < self.value < math.inf):
             raise ConfigError(f"--budget-{self.kind} is {self.value:g}: give a number above 0")
+        if self.kind == "bits" and self.value >= 16:
+            raise ConfigError(f"--budget-bits is {self.value:g}, and 16 compress nothing: give fewer")
 
     def __str__(self) -> str:
         return {

@@ -32,8 +32,8 @@ class Case:
 
     @cached_property
     def algorithm(self) -> str:
-        """What "auto" comes to: "one-shot" or "two-step"."""
-        return policy.resolved(self.config.algorithm, self.tp)
+        """What "auto" comes to: "one-shot" or "two-step", with a plan the one that it was made for."""
+        return policy.resolved(policy.wanted(self.config), self.tp)
 
     @cached_property
     def key(self) -> str:

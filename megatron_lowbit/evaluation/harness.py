@@ -67,7 +67,7 @@ def manager(names: Sequence[str], folder: Path) -> Any:
     found = TaskManager(include_path=str(folder), include_defaults=bool(others))  # its own are many: seconds
     for name in others:
         if name not in found.all_tasks:
-            like = difflib.get_close_matches(name, [*local_tasks.TASKS, *found.all_tasks], n=4)
+            like = difflib.get_close_matches(name, {*local_tasks.TASKS, *found.all_tasks}, n=4)
             hint = f"did you mean {' or '.join(like)}?" if like else "'lm_eval ls tasks' lists them"
             raise ConfigError(f"--tasks has {name!r}, which lm_eval {installed()} does not know: {hint}")
     return found
@@ -163,7 +163,16 @@ def _lm_class() -> type:
         broken: Callable[[], str]
 
         def _model_call(self, *args: Any, **options: Any) -> torch.Tensor:
-            logits = super()._model_call(*args, **options)
+            return self._checked(super()._model_call(*args, **options))
+
+        def _model_generate(self, *args: Any, **options: Any) -> torch.Tensor:
+            def look(_model, _given, output) -> None:
+                self._checked(output.logits[:, -1])  # those before it may be of padding
+
+            with self.model.register_forward_hook(look):
+                return super()._model_generate(*args, **options)
+
+        def _checked(self, logits: torch.Tensor) -> torch.Tensor:
             if not logits.isfinite().all():
                 raise ModelError(self.broken())
             return logits

@@ -130,13 +130,18 @@ def options(setting: Setting, effects: Mapping[Key, float], specs: Sequence[str]
 
 
 def least_kl(setting: Setting, choices: Mapping[str, Sequence[Option]], bits: float) -> dict[str, str]:
-    """Site -> spec: the least predicted KL divergence of at most `bits` per value. Raises ConfigError if none is."""
+    """Site -> spec: the least predicted KL divergence of at most `bits` per value. Raises as `check_bits` does."""
+    check_bits(setting, choices, bits)
+    return _chosen(choices, "kl", "bits", bits * sum(setting.features.values()))
+
+
+def check_bits(setting: Setting, choices: Mapping[str, Sequence[Option]], bits: float) -> None:
+    """Raise ConfigError if every choice needs more bits per value; effects do not matter."""
     least = sum(min(option.bits for option in own) for own in choices.values()) / sum(setting.features.values())
     if bits < least * (1 - 1e-9):
         raise ConfigError(
             f"{bits:g} bits per value are fewer than the {least:.4g} of the cheapest candidate: give more"
         )
-    return _chosen(choices, "kl", "bits", bits * sum(setting.features.values()))
 
 
 def least_bytes(choices: Mapping[str, Sequence[Option]], kl: float) -> dict[str, str]:

@@ -28,7 +28,7 @@ WORST = 5  # sites that the sensitivity's table lists
 
 @dataclass(frozen=True)
 class Findings:
-    """facts: of the JSON, with versions and date. rows, tasks: its "rows" and "tasks". command: what to type again.
+    """facts: of the JSON, with versions and date. rows, tasks, notes: as they are there. command: what to type again.
 
     sensitivity: of its own JSON; consistency: what `consistency.consistency` returns; None where it was not measured.
     """
@@ -39,6 +39,7 @@ class Findings:
     sensitivity: Mapping[str, Any] | None = None
     consistency: Mapping[str, Any] | None = None
     tasks: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
 
 
 def check_installed() -> None:
@@ -81,7 +82,7 @@ def page(findings: Findings) -> str:
     return environment.get_template(TEMPLATE).render(
         f=findings,
         facts=findings.facts,
-        verdict=verdict.sentences(rows),
+        verdict=[*verdict.sentences(rows), *(f"Note: {note}." for note in findings.notes)],
         chosen=list(filter(None, chosen.values())),
         bars=[_bars(rows, tp) for tp in chosen],
         drawings={name: Markup(drawing) for name, drawing in _drawings(findings).items()},

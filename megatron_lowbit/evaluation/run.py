@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from .. import simulate
-from ..engines.simulated_tp import simulated_tp
+from ..engines.simulated_tp import Reduce, simulated_tp
 from ..errors import ModelError
 from .cases import Case
 from .metrics import ROWS, Tokens, compare
@@ -30,8 +30,7 @@ def evaluate(
     """(number of the window, case, what its scored tokens tell) of all windows and cases but those that are `done`.
 
     model: of Transformers with its head, on its device, in evaluation mode; windows: of the kind that it can predict.
-    Raises ModelError naming the site where it began if a case's logits are not finite, or if the exact ones already are
-    not.
+    Raises ModelError naming the site where it began if a case's logits are not finite, or the exact ones already.
     """
     device = next(model.parameters()).device
     for number, window in enumerate(windows):
@@ -40,12 +39,20 @@ def evaluate(
             continue
         targets, exact = window.targets.to(device), predictions(model, window)
         if not all(logits.isfinite().all() for logits in exact.split(ROWS)):
-            raise ModelError(f"window {number}: the model's own logits are not finite; evaluate it in fp32, or mend it")
+            began = _began(model, window, todo[0].tp, lambda _, partials: sum(partials))
+            raise ModelError(
+                f"window {number}: the model's own logits are not finite; it began {began}. Evaluate it in fp32, or "
+                "mend it"
+            )
         for case in todo:
             with simulated_tp(model, case.tp, _reduce(case)):
                 tokens = compare(exact, predictions(model, window), targets)
-            if not math.isfinite(tokens.nll.sum().item()):
-                raise ModelError(f"window {number}, {case.config.spec}, TP={case.tp}: {_blame(model, window, case)}")
+            if not math.isfinite((tokens.nll + tokens.kl).sum().item()):  # one logit of -inf is seen in KL alone
+                began = _began(model, window, case.tp, _reduce(case))
+                raise ModelError(
+                    f"window {number}, {case.config.spec}, TP={case.tp}: the loss is not finite; it began {began}. "
+                    "Leave that site exact with --comm-sites, or use another spec"
+                )
             yield number, case, Tokens(*(getattr(tokens, name).cpu() for name in Tokens.__dataclass_fields__))
 
 
@@ -64,20 +71,21 @@ def _reduce(case: Case):
     return lambda site, partials: simulate.reduced(partials, case.config, site)
 
 
-def _blame(model: torch.nn.Module, window: Window, case: Case) -> str:
+def _began(model: torch.nn.Module, window: Window, tp: int, reduce: Reduce) -> str:
     """Where the first value came from that is not finite."""
     first: list[str] = []
 
-    def reduce(site: str, partials: list[torch.Tensor]) -> torch.Tensor:
-        total = simulate.reduced(partials, case.config, site)
+    def watched(site: str, partials: list[torch.Tensor]) -> torch.Tensor:
+        total = reduce(site, partials)
         if not first and not total.isfinite().all():
             made = all(partial.isfinite().all() for partial in partials)
             first.append(
-                f"at {site}, whose sum is not finite though its partial sums are" if made else f"before {site}"
+                f"at {site}, whose sum is not finite though its partial sums are"
+                if made
+                else f"before the sum of {site}"
             )
         return total
 
-    with simulated_tp(model, case.tp, reduce):
+    with simulated_tp(model, tp, watched):
         predictions(model, window)
-    where = first[0] if first else "behind the last site"
-    return f"the loss is not finite; it began {where}. Leave that site exact with --comm-sites, or use another spec"
+    return first[0] if first else "behind the last site"

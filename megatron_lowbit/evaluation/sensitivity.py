@@ -40,18 +40,23 @@ def place(site: str) -> tuple[int | None, str]:
     return (int(match["layer"]), match["stack"] + match["kind"]) if match else (None, site)
 
 
+def _stack(site: str) -> str:
+    match = _SITE.fullmatch(site)
+    return match["stack"] if match else ""
+
+
 def grouped(sites: Sequence[str], by: str = "site") -> list[Group]:
     """Sites in groups, in the order of the sites. by: "site" (each alone), "layer" or "kind"."""
     found: dict[str, list[str]] = {}
     for site in sites:
         layer, kind = place(site)
-        stack = site[: site.find("layers.")] if layer is not None else ""
-        name = {"site": site, "layer": kind if layer is None else f"{stack}layers.{layer}", "kind": kind}[by]
+        name = {"site": site, "layer": kind if layer is None else f"{_stack(site)}layers.{layer}", "kind": kind}[by]
         found.setdefault(name, []).append(site)
     groups = []
     for name, members in found.items():
         layer, kind = place(members[0])
-        shared = {"site": (layer, kind), "layer": (layer, kind if layer is None else ALL), "kind": (None, kind)}[by]
+        every = kind if layer is None else _stack(members[0]) + ALL  # an encoder's layer 0 is not the decoder's
+        shared = {"site": (layer, kind), "layer": (layer, every), "kind": (None, kind)}[by]
         groups.append(Group(name, tuple(members), *shared))
     return groups
 
@@ -141,6 +146,8 @@ class Sensitivity:
         """One paragraph for a person."""
         if not self.kl_all > 0 or not self.kl_sum > 0:
             return f"{self.case.config.spec} has no effect that could be measured: no site needs another spec."
+        if len(self.rows) == 1:  # shares, and sums of effects, say nothing
+            return f"Only {self.rows[0]['site']} was compressed: it costs {self.kl_all:.3g} nats. {self._what_to_do()}"
         return " ".join([self._who(), self._why(), self._together(), self._what_to_do()])
 
     def _who(self) -> str:

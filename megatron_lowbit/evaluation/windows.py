@@ -129,9 +129,10 @@ def _parts(
         raise ConfigError(f"{count} windows were asked for: give 1 or more")
     there = (len(ids) - body) // stride + 1 if len(ids) >= body else 0
     if there < (count or 1):
-        need = body + ((count or 1) - 1) * stride
+        asked = count or 1
+        windows = f"{asked} windows of {body} need" if asked > 1 else f"one window of {body} needs"
         raise ConfigError(
-            f"the text has {len(ids)} tokens, and {count or 1} windows of {body} need {need}: give a longer text, or "
+            f"the text has {len(ids)} tokens, and {windows} {body + (asked - 1) * stride}: give a longer text, or "
             "fewer or shorter windows"
         )
     text = torch.tensor(ids, dtype=torch.int64)

@@ -78,6 +78,20 @@ def test_the_gate(results, capsys):
     assert "too much worse: int2:g32:sym, TP 4: perplexity +" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("limit", ["nan", "inf%", "1e999", "%"])
+def test_a_gate_that_never_fails_is_none(limit, capsys):
+    with pytest.raises(SystemExit):
+        evaluate("--fail-above", limit)
+    assert "is no percentage such as 1%" in capsys.readouterr().err
+
+
+def test_one_window_has_no_interval_and_the_json_says_so(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    assert evaluate("--windows", "1", "--comm", "int8:g128", "--json", str(path)) == 0
+    [row] = json.loads(path.read_text(), parse_constant=pytest.fail)["rows"]
+    assert row["loss_interval"] == [None, None] and row["kl_error"] is None and row["kl_mean"] > 0
+
+
 def test_says_that_no_engine_runs_a_size(tmp_path, capsys):
     """16 ranks share the 256 and 1024 features that enter the layers, but not 8 heads."""
     path = tmp_path / "result.json"
@@ -140,6 +154,28 @@ def test_calibrates_on_another_text(tmp_path):
     assert evaluate(*argv) == 0
     row = json.loads(path.read_text())["rows"][0]
     assert row["spec"].startswith("selective4") and math.isfinite(row["kl_mean"])
+
+
+def test_a_calibration_of_the_predicted_text_is_refused(tmp_path, capsys):
+    text, made = str(BUNDLED / "sample_text.txt"), str(tmp_path / "made.safetensors")
+    assert main(["calibrate", "--text", text, "--tp", "2", "--samples", "2", "--out", made]) == 0
+    for given in (["--calibration-text", text], ["--comm-calibration", made]):
+        assert evaluate("--comm", "selective4", *given) == 2
+        error = capsys.readouterr().err
+        assert "the text that is predicted" in error and "would flatter" in error
+
+
+def test_a_plan_whose_specs_need_a_calibration(tmp_path, capsys):
+    """Of the plan's TP size."""
+    text, path = tmp_path / "other.txt", tmp_path / "result.json"
+    text.write_text("It was the best of houses, and the rain fell upon its roof for many a day. " * 60)
+    Plan(dict.fromkeys(SITES, "int8") | {"layers.0.mlp": "selective4"}, tp=4).save(tmp_path / "plan.json")
+    argv = ["--comm-plan", str(tmp_path / "plan.json"), "--json", str(path)]
+    assert evaluate(*argv) == 2
+    assert "plan plan.json needs a calibration at TP 4" in capsys.readouterr().err
+    assert evaluate(*argv, "--calibration-text", str(text)) == 0
+    [row] = json.loads(path.read_text())["rows"]
+    assert (row["plan"], row["tp"]) == ("plan plan.json", 4) and math.isfinite(row["kl_mean"])
 
 
 def test_any_family_that_is_known(tmp_path):
@@ -260,12 +296,16 @@ BAD = {
         (["--tp", "2,96"], "TP=96 does not divide the 256 features"),
         (["--text", "EMPTY"], "is empty"),
         (["--text", "LATIN-1"], "cannot be read as UTF-8 text"),
-        (["--text", "SHORT"], "the text has 6 tokens, and 2 windows of 64 need 128"),
+        (["--text", "SHORT"], ": the text has 6 tokens, and 2 windows of 64 need 128"),
         (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--model", "MAMBA"], "MambaForCausalLM: of layers.0 only mlp has a usual name for a row-parallel layer"),
         (["--comm-plan", "ANOTHER"], "fingerprint abc, this one has"),
         (["--comm-plan", "ANOTHER"], "lm_head.weight, model.layers.0.mlp.down_proj.weight differ): make one for"),
         (["--comm-plan", "ELSEWHERE"], "lacks layers.0.attention"),
+        (["--comm-plan", "ELSEWHERE", "--tp", "4"], "was made for TP 2: add that to --tp"),
+        (["--json", "now.json", "--progress", "now.json"], "--json and --progress are both now.json: give two files"),
+        (["--json", "/proc/now.json", "--windows", "1"], "--json /proc/now.json cannot be written"),
+        (["--plot", "loss.pdf"], "--plot loss.pdf is no name of a PNG"),
         (["--progress", "DAMAGED"], "cannot be read"),
         (["--comm", "int9"], "int9"),
         (["--comm", "exact"], "compared with anyway"),
@@ -280,6 +320,7 @@ BAD = {
         (["--json", "/nowhere/x.json"], "there is no folder"),
         (["--comm-plan", "none.json"], "there is no plan file"),
         (["--comm-sites", "nothing.*"], "selects none of"),
+        (["--comm-sites", "layers.*.mlp", "--comm-sites", "layers.0.atention"], "layers.0.atention selects none of"),
     ],
 )
 def test_refuses(argv, message, capsys, tmp_path):

@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 from megatron_lowbit.__main__ import main
 from megatron_lowbit.cli.evaluate_page import command
 from megatron_lowbit.cli.files import BUNDLED
+from megatron_lowbit.errors import ModelError
 from tests import evaluations
 
 FAST = ["evaluate", "--windows", "2", "--window-length", "64", "--dtype", "fp32"]
@@ -50,6 +51,21 @@ def test_writes_a_page_of_what_was_found(tmp_path, capsys):
 def test_a_gate_that_fails_leaves_a_page(tmp_path):
     code, text = written(tmp_path, "--comm", "int2:g32:sym", "--fail-above", "1%")
     assert code == 3 and "int2:g32:sym" in text and "Not measured." in text
+
+
+def test_a_size_that_no_engine_runs_is_said_on_the_page(tmp_path):
+    code, text = written(tmp_path, "--tp", "16", "--comm", "int8:g128")
+    assert code == 0 and "Note: TP 16 divides the features of every site, but not 8 attention heads" in text
+
+
+def test_a_page_that_fails_leaves_the_json(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ModelError("a partial sum is not finite")
+
+    monkeypatch.setattr("megatron_lowbit.evaluation.consistency.consistency", fail)
+    argv = ["--comm", "int8", "--json", str(tmp_path / "all.json"), "--report", str(tmp_path / "page")]
+    assert main([*FAST, *argv]) == 2 and "a partial sum is not finite" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "all.json").read_text())["rows"]) == 1
 
 
 def test_the_command_names_files_but_not_where_they_are():

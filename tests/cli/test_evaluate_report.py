@@ -6,7 +6,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from megatron_lowbit.cli.evaluate_report import table
+from megatron_lowbit.cli.evaluate_report import nats, table
 from tests.evaluations import FACTS, row, rows
 
 LONG = "gauss4:g128:trellis:outliers=1/64"
@@ -57,3 +57,8 @@ def test_too_narrow_for_the_spec_folds_it():
 
 def test_names_are_no_markup():
     assert any("[red]x[/] on" in line for line in lines(rows(), 140, model="[red]x[/]"))
+
+
+def test_a_divergence_that_decimals_do_not_show_is_not_zero():
+    shown = [nats(value, 5) for value in (0.0, 3e-7, 1e-5, 0.0123456, float("nan"))]
+    assert shown == ["0.00000", "3e-07", "0.00001", "0.01235", "nan"]

@@ -92,6 +92,12 @@ def test_goes_on_where_it_stopped(results, monkeypatch, tmp_path):
     assert Plan.load(tmp_path / "again.json").sites == results[2]["kl"].sites
 
 
+def test_bits_that_no_candidate_has_are_refused_before_any_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("megatron_lowbit.evaluation.run.compare", None)
+    assert plan("--budget-bits", "2.9", "--out", str(tmp_path / "plan.json")) == 2
+    assert capsys.readouterr().err.startswith("error: 2.9 bits per value are fewer than the 3 of")
+
+
 def test_measures_every_candidate_if_asked_to(results, tmp_path):
     argv = ["--probe", "none", "--budget-bits", "4", "--out", str(tmp_path / "direct.json")]
     assert main(["plan", *FAST, *FEW, "--candidates", "int2:g32,int4:g32", *argv]) == 0
@@ -111,25 +117,27 @@ def gibberish(tmp_path_factory):
 
 def test_a_budget_that_does_not_hold_is_an_exit_code(results, gibberish, tmp_path, capsys):
     """Quite another text to hold out; the plan is written, marked."""
-    out = tmp_path / "broken.json"
+    out = tmp_path / "broken[1].json"
     argv = ["--progress", str(tmp_path / "p"), "--held-out", str(gibberish), "--budget-kl", "0.05", "--out", str(out)]
     assert plan(*argv) == 3
     found = Plan.load(out)
     assert found.metadata["holds"] is False and held_out(found)["kl_mean"] > 0.05
     assert held_out(found)["text"] == "gibberish.txt" and held_out(found)["windows"] == 2
     assert found.sites == results[2]["kl"].sites
-    assert "THE BUDGET DOES NOT HOLD" in capsys.readouterr().out and (tmp_path / "p.held-out").exists()
+    shown = capsys.readouterr().out
+    assert "THE BUDGET DOES NOT HOLD" in shown and "plan broken[1].json: TP 4" in shown  # a name is no markup
+    assert (tmp_path / "p.held-out").exists()
 
 
 def test_a_plan_of_another_model_is_refused(results, tmp_path, capsys):
+    """Saying which tensors differ: here one that was there when the plan was made."""
     content = json.loads((results[0] / "bits.json").read_text()) | {"fingerprint": "0" * 64}
-    content["tensors"]["model.norm.weight"] = "0" * 12
+    content["tensors"]["model.norm.weight"] = "another"
     (tmp_path / "other.json").write_text(json.dumps(content))
     argv = ["--tp", "4", "--comm-plan", str(tmp_path / "other.json"), "--windows", "1", "--window-length", "48"]
     assert main(["evaluate", *argv]) == 2
     error = capsys.readouterr().err
-    assert "was made for another model" in error and "megatron-lowbit plan" in error
-    assert "; model.norm.weight differ)" in error
+    assert "was made for another model" in error and "; model.norm.weight differ): make one" in error
 
 
 @pytest.mark.parametrize(
@@ -139,12 +147,25 @@ def test_a_plan_of_another_model_is_refused(results, tmp_path, capsys):
         (["--budget-bits", "5", "--budget-kl", "1"], "two budgets exclude each other"),
         (["--budget-bits", "-1"], "--budget-bits is -1"),
         (["--budget-bits", "2.9"], "2.9 bits per value are fewer than the 3 of the cheapest candidate"),
-        (["--budget-bits", "20"], "compresses nothing"),
+        (["--budget-bits", "20"], "and 16 compress nothing: give fewer"),
         (["--budget-kl", "1e-12"], "no plan keeps to 1e-12 nats"),
         (["--budget-bits", "5", "--candidates", "int9"], "int9"),
         (["--budget-bits", "5", "--candidates", "int4/int8"], "two legs where one codec is meant"),
         (["--budget-bits", "5", "--candidates", "selective4"], "needs a calibration at TP 4"),
         (["--budget-bits", "5", "--probe", "int9"], "int9"),
+        (
+            [
+                "--budget-bits",
+                "5",
+                "--candidates",
+                "selective4",
+                "--calibration-text",
+                __file__,
+                "--held-out",
+                __file__,
+            ],
+            "--calibration-text is the text that is held out",
+        ),
         (["--budget-bits", "5", "--tp", "1"], "--tp is 1"),
         (
             ["--budget-bits", "5", "--windows", "40", "--held-out-windows", "40"],

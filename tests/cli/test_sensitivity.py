@@ -52,6 +52,15 @@ def test_by_kind_of_some_sites(results, capsys):
     assert "KL divergence" in capsys.readouterr().out
 
 
+def test_one_window_has_no_errors_and_a_page_takes_them(tmp_path):
+    path, comm = tmp_path / "a.json", ["--comm", "int2:g32", "--windows", "1"]
+    assert sensitivity(*comm, "--comm-sites", "layers.0.*", "--json", str(path)) == 0
+    rows = json.loads(path.read_text(), parse_constant=pytest.fail)["rows"]
+    assert [row["kl_error"] for row in rows] == [None, None]
+    page = ["--report", str(tmp_path / "page"), "--report-sensitivity", str(path)]
+    assert main(["evaluate", *FAST, *comm, *page]) == 0 and (tmp_path / "page" / "index.html").exists()
+
+
 def test_both_halves_of_a_model(tmp_path):
     folder, path = hf_folders.save("t5", tmp_path / "model"), tmp_path / "result.json"
     argv = ["--model", str(folder), "--comm", "int2:g32", "--json", str(path), "--plot", str(tmp_path / "a.png")]

@@ -8,7 +8,7 @@ import torch
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.engines.hf_model import read_config
-from megatron_lowbit.engines.simulated_tp import row_parallel, simulated_tp
+from megatron_lowbit.engines.simulated_tp import row_parallel, simulated_tp, whole_experts
 from megatron_lowbit.errors import ModelError
 from tests.llama import tiny_llama
 from tests.models import EVERY_FAMILY, FAMILIES, random_model, site_names
@@ -255,6 +255,20 @@ def test_a_family_that_is_half_known():
     model = transformers.AlbertForMaskedLM(transformers.AlbertConfig(vocab_size=61, embedding_size=32, **sizes))
     with pytest.raises(ModelError, match="of layers.0 only attention has a usual name .* add its model type"):
         row_parallel(model)
+
+
+def test_experts_that_stay_whole_are_named():
+    """DeepSeek's shared expert has a usual name, and is split; its routed ones, all in one tensor, have none."""
+    transformers = pytest.importorskip("transformers")
+    assert whole_experts(random_model("qwen3_moe")) is None
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_attention_heads": 4}
+    more = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 2, "topk_group": 1}
+    with torch.device("meta"):
+        model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(vocab_size=61, **sizes, **more))
+    if isinstance(model.model.layers[1].mlp.experts, torch.nn.ModuleList):
+        pytest.skip("this release has a module for each expert")
+    assert "layers.1.moe.shared_experts" in row_parallel(model)
+    assert whole_experts(model) == "model.layers.1.mlp.experts"
 
 
 def test_another_architecture():

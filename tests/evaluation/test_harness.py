@@ -146,6 +146,26 @@ def test_what_is_not_finite_is_said(asked, tasks, monkeypatch, subject):
         asked.scores(tasks, 1, None)
 
 
+def test_text_that_is_generated_is_simulated_and_checked(asked, folder, tmp_path, monkeypatch):
+    """lm_eval never sees these logits: of what is not finite greedy decoding would make the first token."""
+    data = {"data_files": {"test": str(folder / "local_cloze.jsonl")}, "cache_dir": str(tmp_path / "cache")}
+    how = {"until": ["\n"], "max_gen_toks": 2, "do_sample": False}
+    task = {"task": "spoken", "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
+    task |= {"output_type": "generate_until", "doc_to_text": "context", "doc_to_target": "target"}
+    task |= {"generation_kwargs": how, "metric_list": [{"metric": "exact_match"}], "metadata": {"version": 1.0}}
+    (tmp_path / "spoken.yaml").write_text(json.dumps(task))
+    from lm_eval.tasks import TaskManager
+
+    tasks = harness.load(TaskManager(include_path=str(tmp_path), include_defaults=False), "spoken")
+    sites, reduced = [], simulate.reduced
+    monkeypatch.setattr(simulate, "reduced", lambda *given: sites.append(given[2]) or reduced(*given))
+    found = asked.scores(tasks, LIMIT, case("int8:g128"))
+    assert len(found["spoken"]["exact_match"].each) == LIMIT and len(set(sites)) == 12
+    monkeypatch.setattr(simulate, "reduced", lambda *given: reduced(*given) * float("nan"))
+    with pytest.raises(ModelError, match=r"int8:g128, TP=8: .* not finite; it began at layers\.0\.attention"):
+        asked.scores(tasks, 2, case("int8:g128"))
+
+
 def test_what_lm_eval_does_not_manage_is_said(asked, tasks, monkeypatch):
     def fails(*arguments, **options):
         raise KeyError("gold")

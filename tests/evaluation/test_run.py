@@ -80,6 +80,31 @@ def test_says_where_a_loss_ceased_to_be_finite():
         list(evaluate(model, windows(1), [case("fp8")]))
 
 
+def test_one_logit_of_minus_infinity_is_seen(monkeypatch):
+    """It leaves the log likelihood of every other token as it was, and makes the KL divergence infinite."""
+    from megatron_lowbit.evaluation import run
+
+    def excluded(model, window, predictions=run.predictions, calls=[]):  # noqa: B006
+        logits = predictions(model, window)
+        calls.append(1)
+        if len(calls) == 2:
+            logits[:, (window.targets[0] + 1) % 61] = -torch.inf
+        return logits
+
+    window = consecutive([5, 6] * 10, 20)
+    monkeypatch.setattr(run, "predictions", excluded)
+    with pytest.raises(ModelError, match="window 0, int8:g32, TP=2: the loss is not finite"):
+        list(evaluate(tiny_llama(), [*window, *window], [case("int8:g32")]))
+
+
+def test_says_where_the_models_own_logits_ceased_to_be_finite():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="own logits are not finite; it began before the sum of layers.1.mlp"):
+        list(evaluate(model, windows(1), [case("int8:g128")]))
+
+
 def test_bits_and_bytes():
     features = {"layers.0.attention": 64, "layers.0.mlp": 64}
     two, one = case("int4:g32/int8:g32", tp=4), case("int4:g32", tp=2)

@@ -78,7 +78,10 @@ def test_grouping_by_names():
     names = [*SITES, "encoder.layers.0.mlp", "logits"]
     layers = grouped(names, "layer")
     assert [group.name for group in layers] == ["layers.0", "layers.1", "encoder.layers.0", "logits"]
-    assert [(group.layer, group.kind) for group in layers] == [(0, "all"), (1, "all"), (0, "all"), (None, "logits")]
+    assert [(group.layer, group.kind) for group in layers] == [
+        (0, "all"), (1, "all"), (0, "encoder.all"), (None, "logits")
+    ]  # fmt: skip
+    assert len({(group.layer, group.kind) for group in layers}) == len(layers)  # each has a place of its own on a map
     kinds = grouped(names, "kind")
     assert [group.name for group in kinds] == ["attention", "mlp", "encoder.mlp", "logits"]
     assert place("layers.12.moe.combine") == (12, "moe.combine")
@@ -121,3 +124,8 @@ def test_a_site_without_noise_is_no_number():
     tokens = next(iter(evaluate(tiny_llama(), windows()[:1], [case("fp32")])))[2]
     found = sensitivity(which, group, {each: [tokens] for each in cases(which, group)}, {"a": Noise(1.0)}, {"a": 32})
     assert found.rows[0]["sqnr_db"] is None and found.rows[0]["kl_mean"] == 0
+
+
+def test_a_single_site_is_compared_with_nothing():
+    said = result(grouped(SITES[:1])).explanation
+    assert said.startswith(f"Only {SITES[0]} was compressed: it costs ") and "stands out" not in said
