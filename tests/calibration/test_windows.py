@@ -43,7 +43,7 @@ def test_every_window_begins_as_a_prompt_does():
 @pytest.mark.parametrize(
     "length, prefix, message",
     [
-        (1004, [], "the text has 1003 tokens, too few for one window of 1004: give a longer text, or lower --sequence"),
+        (1004, [], "the text has 1003 tokens, too few for one window of 1004: give a longer text, or shorter windows"),
         (2, [7, 8], "a window of 2 tokens has no room behind 2 special ones: make it longer"),
     ],
 )
