@@ -62,14 +62,14 @@ def test_any_number_of_chunks_gives_the_bits_of_the_simulation(world):
 
 def _large(rank, world):
     lowbit.reset_stats()
-    x = partial(rank, (1100, 4096))
+    x = partial(rank, (1100, 8192))
     result = lowbit.all_reduce(x, "int4:g32", min_bytes=0)
     return {"result": result, "paths": lowbit.stats()["all_reduce"]["paths"]}
 
 
 def test_a_large_message_takes_the_way_that_users_get():
     ranks = run_ranks(2, _large)
-    expected = lowbit.simulate.all_reduce([partial(rank, (1100, 4096)) for rank in range(2)], "int4:g32", "one-shot")
+    expected = lowbit.simulate.all_reduce([partial(rank, (1100, 8192)) for rank in range(2)], "int4:g32", "one-shot")
     for rank in ranks:
         assert torch.equal(rank["result"], expected) and rank["paths"] == {"one-shot": 1}
 
@@ -85,16 +85,3 @@ def test_chunks_cover_every_shard_once():
 
 def _range(rows: slice) -> range:
     return range(rows.start, rows.stop)
-
-
-def _unlike(rank, world):
-    x = partial(0, (64 * (1 + rank), 4096))
-    try:
-        lowbit.all_reduce(x, "int4:g32", min_bytes=0)
-    except lowbit.LowBitError as error:
-        return str(error)
-    return "no error"
-
-
-def test_another_shape_on_another_rank_is_an_error():
-    assert any("another shape" in said for said in run_ranks(2, _unlike, timeout=30))
