@@ -282,6 +282,30 @@ def plan() -> str:
     return markdown(["", "bits", "bytes per token", "KL predicted", "KL, nats", "perplexity"], rows, note)
 
 
+def link() -> str:
+    """A row for each link, number of ranks and size; times faster than gloo's bf16 all-reduce."""
+    result = load("link")
+    rows = [row for row in result["rows"] if row["algorithm"] in ("exact", "auto")]
+    found = {(r["rate_gbit"], r["ranks"], r["bytes"], r["spec"]): r for r in rows}
+    specs = list(dict.fromkeys(r["spec"] for r in rows if r["algorithm"] == "auto"))
+    lines = []
+    for place in dict.fromkeys(key[:3] for key in found):
+        rate, ranks, nbytes = place
+        base = found[(*place, "bf16")]
+        cells = [
+            f"{found[(*place, s)]['ratio_to_gloo_bf16']:.2f}× ({found[(*place, s)]['median_ms']:.1f})" for s in specs
+        ]
+        link = f"{rate:g} Gbit/s, {ranks} ranks" if rate else f"loopback, {ranks} ranks"
+        lines.append([link, f"{nbytes >> 10:,} KiB", f"{base['median_ms']:.1f}", f"{base['wire_ms'] or 0:.1f}", *cells])
+    note = (
+        f"Times faster than gloo's bf16 all-reduce (ms), every message compressed; medians of {result['repeats']} of the "
+        f"slowest rank, all in turn. {measured(result)}"
+    )
+    return markdown(
+        ["link", "message", "gloo bf16, ms", "of that on the wire", *(f"`{s}`" for s in specs)], lines, note
+    )
+
+
 TABLES = {
     "accuracy": lambda: accuracy(accuracy_tables.losses),
     "accuracy-short": lambda: accuracy(accuracy_tables.losses, SHORT),
@@ -297,6 +321,7 @@ TABLES = {
     "calibration": calibration,
     "alternatives": alternatives,
     "kernels": kernels,
+    "link": link,
     "kernels-predicted": kernels_predicted,
     "plan": plan,
     "quality": quality,

@@ -1,1 +1,0 @@
-"""What communication costs on a machine: modelled beforehand, or measured on it."""
