@@ -19,6 +19,7 @@ import time
 from functools import partial
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import shaped_network
 import torch
@@ -27,6 +28,7 @@ from common import save, show
 from rich.progress import Progress
 
 import megatron_lowbit as lowbit
+from megatron_lowbit import policy
 from megatron_lowbit.spec import parse
 
 FEATURES = 4096
@@ -51,6 +53,8 @@ def worker(job: dict) -> None:
         for spec, algorithm in product(job["specs"], job["algorithms"]):
             options = {} if algorithm == "gate" else {"algorithm": algorithm, "min_bytes": 0}
             operations[spec, algorithm] = partial(lowbit.all_reduce, x, spec, **options)
+        for spec, count in product(job["specs"], job["chunks"]):
+            operations[spec, f"{count} chunks" if count else "collectives"] = partial(in_chunks, x, spec, count)
         rows += [row | {"bytes": nbytes} for row in measure(operations, x, job["repeats"])]
     if dist.get_rank() == 0:
         print(json.dumps(rows))
@@ -59,6 +63,13 @@ def worker(job: dict) -> None:
 
 def exact(x: torch.Tensor) -> None:
     dist.all_reduce(x.clone())  # a copy, as everything else leaves its input as it is
+
+
+def in_chunks(x: torch.Tensor, spec: str, count: int) -> None:
+    """0: the backend's own collectives."""
+    sizes = {x.device.type: (x.nbytes // count, "")} if count else {}
+    with mock.patch.dict(policy.CHUNK_BYTES, sizes, clear=True):
+        lowbit.all_reduce(x, spec, min_bytes=0)
 
 
 def measure(operations: dict, x: torch.Tensor, repeats: int) -> list[dict]:
@@ -94,6 +105,9 @@ def main() -> int:
     parser.add_argument("--bytes", type=int, nargs="+", default=BYTES, help="of the bf16 message")
     parser.add_argument("--comm", nargs="+", metavar="SPEC", default=SPECS)
     parser.add_argument("--algorithm", nargs="+", default=["auto"], help="auto, one-shot, two-step, or gate")
+    parser.add_argument(
+        "--chunks", type=int, nargs="+", default=[], help="compare numbers of chunks, too; 0: the backend's collectives"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -103,9 +117,8 @@ def main() -> int:
         worker(json.loads(arguments.worker))
         return 0
     specs = [str(parse(spec)) for spec in arguments.comm]
-    job = {
-        "bytes": arguments.bytes, "specs": specs, "algorithms": arguments.algorithm, "repeats": arguments.repeats
-    }  # fmt: skip
+    job = {"bytes": arguments.bytes, "specs": specs, "algorithms": arguments.algorithm}
+    job |= {"chunks": arguments.chunks, "repeats": arguments.repeats}
     program = [os.path.abspath(__file__), "--worker", json.dumps(job)]
     rows, rates = [], arguments.rate_gbit
     try:

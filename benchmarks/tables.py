@@ -282,6 +282,22 @@ def plan() -> str:
     return markdown(["", "bits", "bytes per token", "KL predicted", "KL, nats", "perplexity"], rows, note)
 
 
+def link_chunks() -> str:
+    """A row for each link, a column for each number of chunks."""
+    result = load("link_chunks")
+    rows = [row for row in result["rows"] if row["algorithm"] not in ("exact", "auto")]
+    columns = list(dict.fromkeys(row["algorithm"] for row in rows))
+    lines = [
+        [f"{rate:g} Gbit/s", *(f"{r['ratio_to_gloo_bf16']:.2f}×" for r in rows if r["rate_gbit"] == rate)]
+        for rate in dict.fromkeys(row["rate_gbit"] for row in rows)
+    ]
+    note = (
+        f"Times faster than gloo's bf16 all-reduce, `{rows[0]['spec']}`, {rows[0]['bytes'] >> 20} MiB, "
+        f"{rows[0]['ranks']} ranks; medians of {result['repeats']}. {measured(result)}"
+    )
+    return markdown(["link", *columns], lines, note)
+
+
 def link() -> str:
     """A row for each link, number of ranks and size; times faster than gloo's bf16 all-reduce."""
     result = load("link")
@@ -298,8 +314,8 @@ def link() -> str:
         link = f"{rate:g} Gbit/s, {ranks} ranks" if rate else f"loopback, {ranks} ranks"
         lines.append([link, f"{nbytes >> 10:,} KiB", f"{base['median_ms']:.1f}", f"{base['wire_ms'] or 0:.1f}", *cells])
     note = (
-        f"Times faster than gloo's bf16 all-reduce (ms), every message compressed; medians of {result['repeats']} of the "
-        f"slowest rank, all in turn. {measured(result)}"
+        f"Times faster than gloo's bf16 all-reduce (ms), every message compressed; medians of {result['repeats']} of "
+        f"the slowest rank, all in turn. {measured(result)}"
     )
     return markdown(
         ["link", "message", "gloo bf16, ms", "of that on the wire", *(f"`{s}`" for s in specs)], lines, note
@@ -322,6 +338,7 @@ TABLES = {
     "alternatives": alternatives,
     "kernels": kernels,
     "link": link,
+    "link-chunks": link_chunks,
     "kernels-predicted": kernels_predicted,
     "plan": plan,
     "quality": quality,

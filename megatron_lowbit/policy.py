@@ -15,7 +15,7 @@ MIN_BYTES: dict[str, tuple[int, str]] = {
 # Larger messages travel in chunks of about so many bytes (of the message, in its own dtype), from rank to rank; where
 # there is no entry, in one go by the backend's own collectives.
 CHUNK_BYTES: dict[str, tuple[int, str]] = {
-    "cpu": (1 << 22, "benchmarks/results/link.json: gloo, 0.2 to 5 Gbit/s, AMD EPYC with 2 cores, 2026-11-21"),
+    "cpu": (1 << 22, "benchmarks/results/link_chunks.json: gloo, 0.2 to 5 Gbit/s, AMD EPYC with 2 cores, 2026-11-21"),
 }
 
 
