@@ -22,7 +22,7 @@ from .collectives import all_gather, all_reduce, all_to_all, exchange, layout, p
 from .config import CommConfig
 from .errors import ConfigError, RankError
 
-PROTOCOL = 1  # of the wire formats and of how messages are cut into shards
+PROTOCOL = 2  # of the wire formats and of how messages are cut into shards and chunks
 
 
 class Communicator:
