@@ -51,28 +51,29 @@ class Chunks:
 
 
 class Transfers:
-    """Sends and receives of this rank that have not been waited for."""
+    """Sends and receives of this rank that have not been waited for.
+
+    Hazard: each is a call of its own, as gloo takes them. NCCL would want those of a step in one batch.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.sent, self._sends = group, 0, []
-        self._batched = str(dist.get_backend(group)) == "nccl"  # alone, sends that wait for each other could hang there
 
     def start(self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]) -> list[dist.Work]:
         """rank -> uint8, maybe empty, contiguous. Returns the receives, to be waited for."""
-        ways = [(dist.irecv, rank, wire) for rank, wire in receives.items() if wire.numel()]
-        ways += [(dist.isend, rank, wire) for rank, wire in sends.items() if wire.numel()]
         self.sent += sum(wire.numel() for wire in sends.values())
         with guarded(self.group):
-            if self._batched and ways:
-                operations = [
-                    dist.P2POp(way, wire, group=self.group, group_peer=rank, tag=TAG) for way, rank, wire in ways
-                ]
-                return dist.batch_isend_irecv(operations)
-            works = {dist.irecv: [], dist.isend: self._sends}
-            for way, rank, wire in ways:
-                peer = {"group_src": rank} if way is dist.irecv else {"group_dst": rank}
-                works[way].append(way(wire, group=self.group, tag=TAG, **peer))
-        return works[dist.irecv]
+            works = [
+                dist.irecv(wire, group=self.group, group_src=rank, tag=TAG)
+                for rank, wire in receives.items()
+                if wire.numel()
+            ]
+            self._sends += [
+                dist.isend(wire, group=self.group, group_dst=rank, tag=TAG)
+                for rank, wire in sends.items()
+                if wire.numel()
+            ]
+        return works
 
     def wait(self, works: Sequence[dist.Work]) -> None:
         with guarded(self.group):
