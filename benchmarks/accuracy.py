@@ -11,18 +11,13 @@ interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import tempfile
 from pathlib import Path
 
 from common import save
+from evaluation import evaluated
 
-from megatron_lowbit.__main__ import main as lowbit
 from megatron_lowbit.spec import parse
 
-ROOT = Path(__file__).resolve().parents[1]
-OWN_TEXT = ROOT / "examples" / "sample_text.txt"
 FACTS = ("model", "fingerprint", "text", "text_sha256", "window_length", "stride", "dtype")
 FAMILIES = {
     "integers": [
@@ -41,7 +36,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="default: the bundled one")
     parser.add_argument("--text", type=Path, help="default: the project's own")
@@ -53,24 +48,12 @@ def main() -> int:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     specs = [spec for family in FAMILIES.values() for spec in family]
-    argv = ["evaluate", "--tp", arguments.tp, "--algorithm", "one-shot", "two-step", "--dtype", "fp32"]
-    if arguments.text is None:
-        specs = [spec for spec in specs if not parse(spec).calibrated]
-    else:
-        argv += ["--calibration-text", str(OWN_TEXT)]
-    for name in ("model", "text", "windows", "window_length", "progress", "plot"):
-        if (value := getattr(arguments, name)) is not None:
-            argv += [f"--{name.replace('_', '-')}", str(value)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "found.json"
-        if code := lowbit([*argv, "--json", str(path), "--comm", *specs]):
-            return code
-        found = json.loads(path.read_text())
+    options = ("model", "text", "tp", "windows", "window_length", "progress", "plot")
+    found = evaluated(arguments, options, specs, ["--algorithm", "one-shot", "two-step"])
     family = {str(parse(spec)): name for name, group in FAMILIES.items() for spec in group}
     rows = [{"family": family[row["spec"]]} | row for row in found["rows"]]
     save(arguments.json, rows, **{name: found[name] for name in FACTS})
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

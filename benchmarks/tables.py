@@ -44,9 +44,11 @@ def accuracy(what: Callable[[list[dict]], tuple[list[str], list[list[str]]]], on
     rows = [row for row in result["rows"] if not only or row["spec"] in only]
     columns, lines = what(rows)
     first = rows[0]
+    figures = "KL divergence in thousandths of a nat"
+    if what is not accuracy_tables.divergences:
+        figures = f"Perplexity above exact ({first['perplexity_exact']:.2f}) with its 95 % interval"
     note = (
-        f"Perplexity above exact ({first['perplexity_exact']:.2f}) with its 95 % interval, KL in thousandths of a nat; "
-        f"`{result['text']}` (SHA-256 `{result['text_sha256'][:12]}…`), {first['tokens']:,} tokens in "
+        f"{figures}; `{result['text']}` (SHA-256 `{result['text_sha256'][:12]}…`), {first['tokens']:,} tokens in "
         f"{first['windows']} windows, {result['dtype']}, simulated bit for bit. {measured(result)}"
     )
     return markdown(columns, lines, note)

@@ -10,23 +10,16 @@ goes on where it stopped if there is a --progress file.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import tempfile
 from pathlib import Path
 
 from common import save
+from evaluation import evaluated
 
-from megatron_lowbit.__main__ import main as lowbit
-from megatron_lowbit.spec import parse
-
-ROOT = Path(__file__).resolve().parents[1]
-OWN_TEXT = ROOT / "examples" / "sample_text.txt"
 FACTS = ("model", "fingerprint", "text", "tasks_text_sha256", "dtype", "task_limit", "lm_eval")
 SPECS = ["int8:g128", "int4:g32", "gauss4:g128:trellis", "selective4", "int2:g32:sym"]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="default: the bundled one")
     parser.add_argument("--text", type=Path, help="default: the project's own")
@@ -36,25 +29,13 @@ def main() -> int:
     parser.add_argument("--progress", type=Path, help="a file that keeps what was found")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    specs, argv = SPECS, ["evaluate", "--dtype", "fp32", "--tasks", "local_cloze,local_choice"]
-    if arguments.text is None:
-        specs = [spec for spec in specs if not parse(spec).calibrated]
-    else:
-        argv += ["--calibration-text", str(OWN_TEXT)]
-    for name in ("model", "text", "tp", "windows", "task_limit", "progress"):
-        if (value := getattr(arguments, name)) is not None:
-            argv += [f"--{name.replace('_', '-')}", str(value)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "found.json"
-        if code := lowbit([*argv, "--json", str(path), "--comm", *specs]):
-            return code
-        found = json.loads(path.read_text())
+    options = ("model", "text", "tp", "windows", "task_limit", "progress")
+    found = evaluated(arguments, options, SPECS, ["--tasks", "local_cloze,local_choice"])
     losses = [
         {name: row[name] for name in ("spec", "tp", "bits_per_value", "loss", "kl_mean")} for row in found["rows"]
     ]
     save(arguments.json, found["tasks"], perplexity=losses, **{name: found[name] for name in FACTS})
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
