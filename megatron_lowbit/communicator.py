@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, which imports Dynamo at once
 
-from . import policy, telemetry
+from . import links, policy, telemetry
 from .codecs import Codec, backend, plain
 from .codecs.base import check_tensor, rows_of
 from .codecs.fused import add_rmsnorm, check_norm
-from .collectives import all_gather, all_reduce, all_to_all, exchange, layout, pipeline, reduce_scatter
+from .collectives import all_gather, all_reduce, all_to_all, exchange, layout, pipeline, probe, reduce_scatter, topology
 from .config import CommConfig
 from .errors import ConfigError, RankError
 
@@ -54,11 +55,29 @@ class Communicator:
             "plan": config.plan_digest,
             "backend": backend.of(torch.device("cuda" if cuda else "cpu")),
         }
-        exchange.compare(facts, group, first=group not in _compared)
+        device = "cuda" if cuda else "cpu"
+        forced = links.from_environment(device)
+        facts["link"] = forced and forced.name
+        everyone = exchange.compare(facts, group, group not in _compared, {"node": topology.node_name()})
         _compared.add(group)
+        self.facts = policy.Facts(self.world, device, nodes=topology.Nodes.of([own["node"] for own in everyone]))
+        self.facts = replace(self.facts, link=forced.name if forced else self._link())
         for statistics in (config.calibrated, config.planned):
             if statistics is not None and self.world > 1:
                 statistics.check(tp=self.world)
+
+    def _link(self) -> str:
+        """The kind of link between these ranks, measured where there is one and where it matters."""
+        several = len(self.facts.nodes.members) > 1
+        if self.facts.device == "cpu" and several and policy.gated(self.config):
+            return links.reaching(probe.gbit_per_second(self.group)).name
+        return links.UNKNOWN
+
+    def _facts_for(self, x: torch.Tensor) -> policy.Facts:
+        """Gloo carries tensors of GPUs too, and a group of NCCL may have gloo: of the others nothing is known."""
+        if x.device.type == self.facts.device:
+            return self.facts
+        return replace(self.facts, device=x.device.type, link=links.UNKNOWN)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -111,7 +130,7 @@ class Communicator:
 
     def _all_reduce(self, x: torch.Tensor, site: str) -> all_reduce.Summands | torch.Tensor:
         """The exchange of an all-reduce, counted: what is left to decode, or the sum if nothing was encoded."""
-        decision = policy.choose(self.config, site, x.numel() * x.itemsize, self.world, x.device.type)
+        decision = policy.choose(self.config, site, x.nbytes, self._facts_for(x))
         if decision.algorithm == "exact":
             result = (
                 all_reduce.exact(x, self.group)

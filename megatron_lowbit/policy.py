@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .collectives.topology import Nodes
 from .config import CommConfig
+from .links import UNKNOWN, Link, named
 
-# Messages of fewer bytes go uncompressed under "auto": (bytes, where this was measured).
-MIN_BYTES: dict[str, tuple[int, str]] = {
-    "cpu": (1 << 17, "benchmarks/results/threshold.json: 2 ranks, gloo, 1 Gbit/s, AMD EPYC with 2 cores, 2026-11-21"),
-    "cuda": (1 << 21, "not measured here: upper end of the 1-2 MB published for INT4 on MI300X, vLLM pull 19744"),
-}
 
-# Larger messages travel in chunks of about so many bytes (of the message, in its own dtype), from rank to rank; where
-# there is no entry, in one go by the backend's own collectives.
-CHUNK_BYTES: dict[str, tuple[int, str]] = {
-    "cpu": (1 << 22, "benchmarks/results/link_chunks.json: gloo, 0.2 to 5 Gbit/s, AMD EPYC with 2 cores, 2026-11-21"),
-}
+@dataclass(frozen=True)
+class Facts:
+    """What all ranks of a group know alike. device: a type like "cuda"; link: a name in links.LINKS[device]."""
+
+    world: int
+    device: str = "cpu"
+    link: str = UNKNOWN
+    nodes: Nodes | None = None
+
+    @property
+    def kind(self) -> Link:
+        return named(self.device, self.link)
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,13 @@ class Decision:
     chunks: int = 0
 
 
-def choose(config: CommConfig, site: str, nbytes: int, world: int, device: str) -> Decision:
-    """The algorithm to all-reduce `nbytes` (in their own dtype) among `world` ranks on a device type like "cuda"."""
-    if (exact := bypass(config, site, world, nbytes == 0)) is not None:
+def choose(config: CommConfig, site: str, nbytes: int, facts: Facts) -> Decision:
+    """The algorithm to all-reduce a message of `nbytes`, in its own dtype."""
+    if (exact := bypass(config, site, facts.world, nbytes == 0)) is not None:
         return exact
-    if nbytes < minimum(config, device):
-        return Decision("exact", "below min_bytes")
-    return Decision(resolved(wanted(config), world), chunks=chunks(nbytes, device))
+    if (reason := too_small(config, site, nbytes, facts)) is not None:
+        return Decision("exact", reason)
+    return Decision(resolved(wanted(config), facts.world), chunks=chunks(nbytes, facts))
 
 
 def wanted(config: CommConfig) -> str:
@@ -45,9 +49,10 @@ def wanted(config: CommConfig) -> str:
     return config.planned.algorithm if config.planned and config.algorithm == "auto" else config.algorithm
 
 
-def chunks(nbytes: int, device: str) -> int:
+def chunks(nbytes: int, facts: Facts) -> int:
     """In how many parts a message travels."""
-    return max(1, round(nbytes / CHUNK_BYTES[device][0])) if device in CHUNK_BYTES else 0
+    size = facts.kind.chunk_of(facts.world)
+    return max(1, round(nbytes / size)) if size else 0
 
 
 def resolved(algorithm: str, world: int) -> str:
@@ -74,8 +79,17 @@ def bypass(config: CommConfig, site: str, world: int, empty: bool) -> Decision |
     return None
 
 
-def minimum(config: CommConfig, device: str) -> int:
-    """The smallest message, in bytes, that is compressed."""
-    if config.min_bytes is not None:
-        return config.min_bytes
-    return MIN_BYTES.get(device, MIN_BYTES["cpu"])[0] if config.algorithm == "auto" else 0
+def too_small(config: CommConfig, site: str, nbytes: int, facts: Facts) -> str | None:
+    """Why a message is better sent exact, or None."""
+    if not gated(config):
+        return "below min_bytes" if nbytes < (config.min_bytes or 0) else None
+    if nbytes < facts.kind.eligible:
+        return "below min_bytes"
+    if nbytes < facts.kind.worth_from(config.legs_at(site), facts.world):
+        return "link too fast for the codec"
+    return None
+
+
+def gated(config: CommConfig) -> bool:
+    """Whether the link decides what is worth compressing: who names min_bytes or an algorithm has done so."""
+    return config.algorithm == "auto" and config.min_bytes is None

@@ -43,7 +43,7 @@ def reduced(partials: Sequence[torch.Tensor], config: CommConfig, site: str | No
     """`all_reduce` as a communicator with `config` does it at `site`, which may have a spec of its own in a plan."""
     partials = _checked(partials, "partial sums")
     x, name = partials[0], "simulate" if site is None else site
-    algorithm = policy.choose(config, name, x.numel() * x.itemsize, len(partials), x.device.type).algorithm
+    algorithm = policy.choose(config, name, x.nbytes, policy.Facts(len(partials), x.device.type)).algorithm
     if algorithm == "exact":
         total = x.float()
         for partial in partials[1:]:

@@ -54,9 +54,9 @@ def test_bad_tensors_and_groups():
 
 def _gate(rank, world):
     lowbit.reset_stats()
-    from megatron_lowbit.policy import MIN_BYTES
+    from megatron_lowbit.links import UNKNOWN, named
 
-    limit = MIN_BYTES["cpu"][0]
+    limit = named("cpu", UNKNOWN).eligible
     small, large = torch.ones(limit // 4 - 1), torch.ones(limit // 4)
     lowbit.all_reduce(small, "int4:g32")
     lowbit.all_reduce(large, "int4:g32")

@@ -6,50 +6,69 @@ import pytest
 
 from megatron_lowbit.config import ALGORITHMS, CommConfig
 from megatron_lowbit.evaluation.cases import Case
+from megatron_lowbit.links import LINKS, NEVER, UNKNOWN, named
 from megatron_lowbit.plan_file import Plan
-from megatron_lowbit.policy import CHUNK_BYTES, MIN_BYTES, Decision, bypass, choose, chunks, minimum
+from megatron_lowbit.policy import Decision, Facts, bypass, choose, chunks, gated
+
+PLACES = [(device, link.name) for device, kinds in LINKS.items() for link in kinds] + [("xpu", UNKNOWN)]
+
+
+def smallest(algorithm, limit, spec, world, device, link):
+    """Written out: the bytes from which a message is compressed."""
+    if limit is not None:
+        return limit
+    if algorithm != "auto":
+        return 0
+    kind = next(kind for kind in LINKS.get(device, LINKS["cpu"]) if kind.name == link)
+    column = 2 if "trellis" in spec else 1
+    row = [row for row in kind.worth if row[0] <= max(2, world)][-1]
+    return max(kind.eligible, row[column])
 
 
 def test_over_the_whole_input_space():
-    for algorithm, limit, world, nbytes, device, site in itertools.product(
+    for algorithm, limit, world, spec, (device, link), site in itertools.product(
         ALGORITHMS,
         (None, 0, 1000),
         range(1, 9),
-        (0, 2, 999, 1000, 1 << 30),
-        ("cpu", "cuda", "xpu"),
+        ("int4:g32", "gauss4:g128:trellis", "int8/gauss4:trellis"),
+        PLACES,
         ("a.mlp", "a.attention"),
     ):
-        config = CommConfig(algorithm=algorithm, min_bytes=limit, sites=("*.mlp",))
-        decision = choose(config, site, nbytes, world, device)
-        compressed = (
-            algorithm != "exact" and world > 1 and site == "a.mlp" and nbytes > 0 and nbytes >= minimum(config, device)
-        )
-        assert (decision.algorithm != "exact") == compressed
-        assert (decision.fallback is None) == (compressed or algorithm == "exact")
-        if compressed and algorithm == "auto":
-            assert decision.algorithm == ("one-shot" if world == 2 else "two-step")
-        elif compressed:
-            assert decision.algorithm == algorithm
+        config = CommConfig(spec, algorithm=algorithm, min_bytes=limit, sites=("*.mlp",))
+        facts = Facts(world, device, link)
+        least = smallest(algorithm, limit, spec, world, device, link)
+        for nbytes in {0, 2, 999, 1000, least - 1, least, 1 << 30}:
+            decision = choose(config, site, nbytes, facts)
+            assert decision == choose(config, site, nbytes, Facts(world, device, link))
+            compressed = algorithm != "exact" and world > 1 and site == "a.mlp" and nbytes > 0 and nbytes >= least
+            assert (decision.algorithm != "exact") == compressed
+            assert (decision.fallback is None) == (compressed or algorithm == "exact")
+            if compressed and algorithm == "auto":
+                assert decision.algorithm == ("one-shot" if world == 2 else "two-step")
+            elif compressed:
+                assert decision.algorithm == algorithm
+
+
+def test_two_thresholds_and_each_has_its_reason():
+    config = CommConfig("int4:g32")
+    fast = named("cpu", "fast")
+    assert 0 < fast.eligible < fast.worth_from(config.legs_at(None), 2) < NEVER
+    facts = Facts(2, "cpu", "fast")
+    assert choose(config, "s", fast.eligible - 1, facts) == Decision("exact", "below min_bytes")
+    assert choose(config, "s", fast.eligible, facts) == Decision("exact", "link too fast for the codec")
+    assert choose(config, "s", fast.worth_from(config.legs_at(None), 2), facts).algorithm == "one-shot"
+    assert not gated(CommConfig(min_bytes=0)) and not gated(CommConfig(algorithm="one-shot")) and gated(config)
 
 
 def test_a_plan_travels_by_the_algorithm_that_it_was_made_for():
     for made, world, expected in (("two-step", 2, "two-step"), ("one-shot", 4, "one-shot"), ("auto", 4, "two-step")):
         plan = Plan({"s": "int8"}, tp=world, algorithm=made)
-        config = CommConfig(plan=plan)
-        assert choose(config, "s", 1 << 30, world, "cpu").algorithm == expected
+        config, facts = CommConfig(plan=plan), Facts(world)
+        assert choose(config, "s", 1 << 30, facts).algorithm == expected
         assert Case(CommConfig(plan=plan, min_bytes=0), world).algorithm == expected
-        limit = MIN_BYTES["cpu"][0]  # for small messages "auto" is what it was
-        assert minimum(config, "cpu") == limit and choose(config, "s", limit - 1, world, "cpu").algorithm == "exact"
-    assert choose(CommConfig(algorithm="one-shot", plan=plan), "s", 1 << 30, world, "cpu").algorithm == "one-shot"
-
-
-@pytest.mark.parametrize("device", MIN_BYTES)
-def test_auto_has_a_measured_threshold_and_a_named_algorithm_none(device):
-    limit, source = MIN_BYTES[device]
-    assert minimum(CommConfig(), device) == limit > 0 and len(source) > 20
-    assert minimum(CommConfig(algorithm="two-step"), device) == 0
-    assert choose(CommConfig(), "s", limit - 1, 2, device) == Decision("exact", "below min_bytes")
-    assert choose(CommConfig(), "s", limit, 2, device).algorithm == "one-shot"
+        limit = named("cpu", UNKNOWN).eligible  # for small messages "auto" is what it was
+        assert choose(config, "s", limit - 1, facts).algorithm == "exact"
+    assert choose(CommConfig(algorithm="one-shot", plan=plan), "s", 1 << 30, facts).algorithm == "one-shot"
 
 
 @pytest.mark.parametrize(
@@ -67,10 +86,11 @@ def test_reasons_that_hold_whatever_the_size(config, site, world, empty, decisio
     assert bypass(config, site, world, empty) == decision
 
 
-def test_larger_messages_have_more_chunks_and_small_ones_one():
-    size, source = CHUNK_BYTES["cpu"]
-    assert len(source) > 20
-    assert [chunks(nbytes, "cpu") for nbytes in (1, size, 2 * size, 16 * size + 1)] == [1, 1, 2, 16]
-    assert chunks(1 << 30, "cuda") == 0  # the backend's own collectives: nothing else was measured there
-    assert choose(CommConfig(min_bytes=0), "s", 4 * size, 2, "cpu").chunks == 4
-    assert choose(CommConfig(algorithm="exact"), "s", 4 * size, 2, "cpu").chunks == 0
+@pytest.mark.parametrize("world", (2, 3, 4))
+def test_larger_messages_have_more_chunks_and_small_ones_one(world):
+    for link in LINKS["cpu"]:
+        size, facts = link.chunk_of(world), Facts(world, "cpu", link.name)
+        assert [chunks(nbytes, facts) for nbytes in (1, size, 2 * size, 16 * size + 1)] == [1, 1, 2, 16]
+        assert choose(CommConfig(min_bytes=0), "s", 4 * size, facts).chunks == 4
+        assert choose(CommConfig(algorithm="exact"), "s", 4 * size, facts).chunks == 0
+    assert chunks(1 << 30, Facts(world, "cuda")) == 0  # the backend's own collectives: nothing else was measured there

@@ -65,10 +65,11 @@ def all_to_all(
         dist.all_to_all_single(output, pieces, received, sent, group=group)
 
 
-def compare(facts: dict, group: dist.ProcessGroup, first: bool = False) -> None:
+def compare(facts: dict, group: dist.ProcessGroup, first: bool = False, own: dict | None = None) -> list[dict]:
     """Check that no two ranks of `group` hold different JSON-able `facts`; a rank may hold some that others lack.
 
-    first: a rank may still be loading its model.
+    first: a rank may still be loading its model. own: JSON-able too, not compared, but told to all. Returns each
+    rank's `own`.
 
     Goes through the process group's store and not through a collective, because a rank that is in another collective
     meanwhile would hang both. Raises RankError, on every rank that compares, naming two ranks and what each of them
@@ -81,7 +82,7 @@ def compare(facts: dict, group: dist.ProcessGroup, first: bool = False) -> None:
     timeout = timeout if first else min(LATER_SECONDS, timeout)
     round_ = store.add(f"{prefix}/{me}", 1)  # counted in the store, which outlives a group that is made anew
     keys = [f"{prefix}/{round_}/{rank}" for rank in range(len(ranks))]
-    store.set(keys[me], json.dumps(facts, sort_keys=True))
+    store.set(keys[me], json.dumps([facts, own or {}], sort_keys=True))
     deadline, everyone = time.monotonic() + timeout, []
     for rank, key in enumerate(keys):
         try:
@@ -93,8 +94,9 @@ def compare(facts: dict, group: dist.ProcessGroup, first: bool = False) -> None:
                 f"{timeout:g} s; this rank has {facts}: call with the same settings on every rank, and look whether "
                 "that rank is alive"
             ) from error
-    for key in sorted(set().union(*everyone)):
-        (one, its), *others = [(rank, theirs[key]) for rank, theirs in enumerate(everyone) if key in theirs]
+    compared = [theirs for theirs, _ in everyone]
+    for key in sorted(set().union(*compared)):
+        (one, its), *others = [(rank, theirs[key]) for rank, theirs in enumerate(compared) if key in theirs]
         for other, theirs in others:
             if its != theirs:
                 _wait_for_readers(store, keys, me)
@@ -102,6 +104,7 @@ def compare(facts: dict, group: dist.ProcessGroup, first: bool = False) -> None:
                     f"ranks disagree on {key}: rank {one} has {its!r}, rank {other} has {theirs!r}; start every rank "
                     f"with the same setting (this is rank {me})"
                 )
+    return [own for _, own in everyone]
 
 
 def _wait_for_readers(store: dist.Store, keys: list[str], me: int) -> None:

@@ -1,0 +1,87 @@
+"""Kinds of links, and from which size on compression pays on each: data, with where it was measured.
+
+Two thresholds: `eligible`, below which a message stays exact whatever the codec, as latency is all it costs; and
+`worth`, from which on a codec gains more than it takes, which depends on the codec. What is not known is decided by
+size alone. `megatron-lowbit tune` replaces all of this by what is measured on the machine itself.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from .errors import ConfigError
+from .spec import Spec
+
+NEVER = 1 << 62
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Link:
+    """A kind of link.
+
+    gbit: it is one on which an exact all-reduce reaches at most so many Gbit/s per rank. eligible: bytes, see above.
+    worth: (ranks at least, bytes for most codecs, bytes for those that search, as trellis does). chunk: bytes of the
+    message that travel at once, ranks being 2 and more; 0: all, by the backend's own collectives.
+    """
+
+    name: str
+    gbit: float
+    eligible: int
+    worth: tuple[tuple[int, int, int], ...]
+    chunk: tuple[int, int]
+    source: str
+
+    def __post_init__(self) -> None:
+        for ranks, *sizes in self.worth:
+            if min(sizes) < self.eligible:
+                raise ConfigError(
+                    f"link {self.name!r}: worth compressing from {min(sizes)} bytes with {ranks} ranks, but eligible "
+                    f"only from {self.eligible}: raise the first or lower the second"
+                )
+
+    def worth_from(self, spec: Spec, world: int) -> int:
+        """Bytes from which on `spec` gains among `world` ranks."""
+        slow = any(leg.trellis for leg in (spec.scatter, spec.gather))
+        return max((ranks, *sizes) for ranks, *sizes in self.worth if world >= ranks)[2 if slow else 1]
+
+    def chunk_of(self, world: int) -> int:
+        return self.chunk[world > 2]
+
+
+_MEASURED = "benchmarks/results/link.json: gloo, AMD EPYC with 2 cores, 2026-11-22"
+KIB, MIB = 1 << 10, 1 << 20
+LINKS: dict[str, tuple[Link, ...]] = {
+    "cpu": (
+        Link("slow", 0.5, 64 * KIB, ((2, 64 * KIB, 256 * KIB), (3, 256 * KIB, 256 * KIB)), (2 * MIB,) * 2, _MEASURED),
+        Link("medium", 2.0, 256 * KIB, ((2, 256 * KIB, MIB), (3, MIB, 2 * MIB)), (2 * MIB, 2 * MIB), _MEASURED),
+        Link("fast", float("inf"), MIB, ((2, 8 * MIB, NEVER), (3, NEVER, NEVER)), (4 * MIB, 8 * MIB), _MEASURED),
+        Link(UNKNOWN, float("inf"), 128 * KIB, ((2, 128 * KIB, 128 * KIB),), (4 * MIB, 4 * MIB),
+             "benchmarks/results/threshold.json: 2 ranks, gloo, 1 Gbit/s, AMD EPYC with 2 cores, 2026-11-21"),
+    ),
+    "cuda": (
+        Link(UNKNOWN, float("inf"), 2 * MIB, ((2, 2 * MIB, 2 * MIB),), (0, 0),
+             "not measured here: upper end of the 1-2 MB published for INT4 on MI300X, vLLM pull 19744"),
+    ),
+}  # fmt: skip
+
+
+def named(device: str, name: str) -> Link:
+    """The kind of link called `name` on a device type like "cuda". Raises ConfigError."""
+    kinds = LINKS.get(device, LINKS["cpu"])
+    found = [link for link in kinds if link.name == name]
+    if not found:
+        raise ConfigError(f"link {name!r} is unknown: use one of {', '.join(link.name for link in kinds)}")
+    return found[0]
+
+
+def reaching(gbit: float) -> Link:
+    """The kind on which ranks on CPUs reach `gbit`."""
+    return next(link for link in LINKS["cpu"] if gbit <= link.gbit)
+
+
+def from_environment(device: str) -> Link | None:
+    """What LOWBIT_LINK says, if it is set. Raises ConfigError."""
+    name = os.environ.get("LOWBIT_LINK", "")
+    return named(device, name) if name else None
