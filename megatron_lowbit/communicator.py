@@ -58,18 +58,20 @@ class Communicator:
         device = "cuda" if cuda else "cpu"
         forced = links.from_environment(device)
         facts["link"] = forced and forced.name
-        everyone = exchange.compare(facts, group, group not in _compared, {"node": topology.node_name()})
+        own = {"node": topology.node_name(), "host": topology.host_name()}
+        everyone = exchange.compare(facts, group, group not in _compared, own)
         _compared.add(group)
         self.facts = policy.Facts(self.world, device, nodes=topology.Nodes.of([own["node"] for own in everyone]))
-        self.facts = replace(self.facts, link=forced.name if forced else self._link())
+        self.facts = replace(
+            self.facts, link=forced.name if forced else self._link(len({own["host"] for own in everyone}))
+        )
         for statistics in (config.calibrated, config.planned):
             if statistics is not None and self.world > 1:
                 statistics.check(tp=self.world)
 
-    def _link(self) -> str:
+    def _link(self, hosts: int) -> str:
         """The kind of link between these ranks, measured where there is one and where it matters."""
-        several = len(self.facts.nodes.members) > 1
-        if self.facts.device == "cpu" and several and policy.gated(self.config):
+        if self.facts.device == "cpu" and hosts > 1 and policy.gated(self.config):
             return links.reaching(probe.gbit_per_second(self.group)).name
         return links.UNKNOWN
 

@@ -34,8 +34,13 @@ class Nodes:
 
 
 def node_name() -> str:
-    """Of the node this process runs on, unlike any other's. Containers with a network of their own are nodes too."""
-    return os.environ.get("LOWBIT_NODE") or f"{_host()} {_network()}"
+    """Of the node this process runs on, unlike any other's."""
+    return os.environ.get("LOWBIT_NODE") or host_name()
+
+
+def host_name() -> str:
+    """Of the host and the network this process uses: containers with a network of their own are hosts too."""
+    return f"{_host()} {_network()}"
 
 
 def _host() -> str:

@@ -1,6 +1,6 @@
 """Who shares a node."""
 
-from megatron_lowbit.collectives.topology import Nodes, node_name
+from megatron_lowbit.collectives.topology import Nodes, host_name, node_name
 
 
 def test_ranks_are_grouped_by_their_nodes_names():
@@ -17,6 +17,6 @@ def test_only_several_equal_nodes_of_several_ranks_are_nested():
 
 def test_a_node_is_a_host_and_its_network_unless_it_is_named(monkeypatch):
     monkeypatch.delenv("LOWBIT_NODE", raising=False)
-    assert node_name() == node_name() and len(node_name()) > 8
+    assert node_name() == host_name() and len(node_name()) > 8
     monkeypatch.setenv("LOWBIT_NODE", "left")
-    assert node_name() == "left"
+    assert node_name() == "left" != host_name()
