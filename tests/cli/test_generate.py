@@ -318,6 +318,8 @@ BERT = '{"model_type": "bert"}'
         (["--top-k", "100000"], "below the vocabulary size"),
         (["--comm-algorithm", "exact"], "compresses nothing: give --comm exact"),
         (["--comm", "exact", "--comm-min-bytes", "-7"], "min_bytes is -7"),
+        (["--comm", "exact", "--comm-outer", "int3"], "--comm exact makes no use of --comm-outer int3: leave it out"),
+        (["--comm-outer", "int3", "--comm-algorithm", "two-step"], "'two-step' makes no use of outer_spec='int3:g32'"),
     ],
 )
 def test_bad_input_is_one_line_with_the_remedy(arguments, message, capsys, tmp_path):
