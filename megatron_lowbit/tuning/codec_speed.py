@@ -1,8 +1,9 @@
 """How fast the families of codecs are, relative to int4:g32: what is measured once holds on machines of its kind.
 
-cpu: benchmarks/results/codecs.json, bf16, one core of an AMD EPYC, kernels in numba: encode and decode-accumulate.
-cuda: benchmarks/results/kernels_predicted.json, an H200: predicted from instructions and bytes, not measured; of
-`trellis` nothing is predicted for encoding, and its ratio is the CPU's.
+cpu: benchmarks/results/codecs.json, bf16, one core of an AMD EPYC, kernels in numba: encode and decode-accumulate;
+`outliers` and `selective` are assumed. cuda: benchmarks/results/kernels_predicted.json, an H200: predicted from
+instructions and bytes, not measured; `passthrough` from bytes alone; of `trellis` nothing is predicted for encoding,
+and half of `gauss` is assumed, as on CPUs.
 """
 
 from __future__ import annotations
