@@ -45,6 +45,15 @@ def test_several_nodes_have_the_hierarchical_way():
     assert "(hierarchical)" not in str(lines("cuda", 20.0, 2, 2))  # one rank in each node
 
 
+def test_ranks_of_their_own_nodes_have_one_kind_of_link():
+    assert lines("cpu", 1.0, 4, 4)[1:] == lines("cpu", 1.0, 4, 1)[1:]
+
+
+@pytest.mark.parametrize("asked", [("cpu", None, 4, 1), ("cuda", None, 16, 2)])
+def test_nothing_is_guessed_of_links_that_are_not_known(asked):
+    assert lines(*asked) == ["modelled: nothing, as it is not known how fast the links are"]
+
+
 def test_pays_from_is_where_gains_begin_and_stay():
     machine = machines.named("MI300X")
     start = pays_from(machine, "int4:g32", 4)
