@@ -37,6 +37,7 @@ class Case:
     @property
     def name(self) -> str:
         spec = "" if self.way.algorithm == "exact" else f" {self.way.spec}"
+        spec += f", {self.way.outer} between" if self.way.outer else ""
         return f"{self.machine}, {self.world} ranks, {self.bytes >> 10:,} KiB, {self.way.algorithm}{spec}"
 
     def within(self, machine: Machine) -> Machine:

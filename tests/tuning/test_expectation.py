@@ -29,7 +29,7 @@ def test_figures_are_those_of_the_model():
     (line,) = [line for line in lines("cpu", 0.2, 2, 1) if "int4:g32" in line]
     exact, low = (all_reduce(machine, way, 8 << 20, 2).total for way in (EXACT, Way.of("int4:g32", "one-shot")))
     assert f"8 MiB take {1e3 * low:.3g} ms instead of {1e3 * exact:.3g}, {exact / low:.2f}x as fast" in line
-    assert 2.5 < exact / low < 3.3  # 16 / 5, less what is no transfer
+    assert 2 < exact / low < 4  # 16 / 5 on the wire
 
 
 def test_the_gpu_is_found_by_its_name():
