@@ -34,7 +34,9 @@ SPEC = "int4:g32"
 BYTES, TOKENS = 16 << 20, 4096
 
 
-def compared(links: Sequence[Case], nodes: Sequence[Case] = ()) -> tuple[list[dict], list[dict]]:
+def compared(
+    links: Sequence[Case], nodes: Sequence[Case] = (), prefills: Sequence[Case] = ()
+) -> tuple[list[dict], list[dict]]:
     """(a row of errors for each part of each source, every single case)."""
     one, others = machines.shaped(1), cost_model_cases.published()
     on_links = lambda given: lambda case: cost_model_fit.shaped(one, case.rate, given)  # noqa: E731
@@ -54,10 +56,11 @@ def compared(links: Sequence[Case], nodes: Sequence[Case] = ()) -> tuple[list[di
         own = [case for case in mesh if case.source == source]
         parts.append((f"MI300X, {source}", own, "QuickReduce, TP 2 and 8",
                       lambda case: known[case.machine], source not in FITTED_TP))  # fmt: skip
-    if nodes:
-        given = cost_model_fit.fit_shaped(links)
-        parts.append(("shaped links, several nodes", nodes, "one node",
-                      lambda case: case.within(cost_model_fit.shaped(one, case.rate, given)), True))  # fmt: skip
+    given = cost_model_fit.fit_shaped(links)
+    for name, cases, fitted_to in (("several nodes", nodes, "one node"), ("TTFT", prefills, "all-reduces alone")):
+        if cases:
+            parts.append((f"shaped links, {name}", cases, fitted_to,
+                          lambda case: case.within(cost_model_fit.shaped(one, case.rate, given)), True))  # fmt: skip
     base = machines.named(cost_model_fit.MI300X)
     two = cost_model_fit.fit_mesh([case for case in mesh if case.source == FITTED_TP[0]])
     for source in dict.fromkeys(case.source for case in mesh if case.source != FITTED_TP[0]):
@@ -148,6 +151,9 @@ def main() -> int:
     parser.add_argument(
         "--nodes", type=Path, default=RESULTS / "link_nodes.json", help="the same, of several nodes; may be missing"
     )
+    parser.add_argument(
+        "--ttft", type=Path, default=RESULTS / "ttft.json", help="what benchmarks/ttft.py wrote; may be missing"
+    )
     parser.add_argument("--fit", action="store_true", help="print the machines as measurements say they are")
     parser.add_argument("--write", action="store_true", help="with --fit: into megatron_lowbit/tuning/machines.json")
     parser.add_argument("--machine", type=Path, nargs="+", default=[], metavar="FILE", help="of your own, in JSON")
@@ -164,8 +170,10 @@ def main() -> int:
         if arguments.write:
             cost_model_fit.write(found)
         return 0
-    nodes = json.loads(arguments.nodes.read_text())["rows"] if arguments.nodes.exists() else []
-    rows, cases = compared(links, cost_model_cases.shaped(nodes))
+    nodes, prefills = (
+        json.loads(file.read_text()) if file.exists() else {"rows": []} for file in (arguments.nodes, arguments.ttft)
+    )
+    rows, cases = compared(links, cost_model_cases.shaped(nodes["rows"]), cost_model_cases.prefills(prefills))
     show(
         "error of modelled against measured times",
         ["source", "parameters fitted to", "", "cases", "median", "from 1 MiB", "worst", "the worst"],

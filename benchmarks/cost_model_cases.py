@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
+from common import RESULTS
+
 from megatron_lowbit.tuning import cost_model, machines, traffic
-from megatron_lowbit.tuning.cost_model import Way
+from megatron_lowbit.tuning.cost_model import Transformer, Way
 from megatron_lowbit.tuning.machines import Machine
 
-PUBLISHED = Path(__file__).with_name("published_all_reduce.json")
+PUBLISHED = RESULTS.parent / "published_all_reduce.json"
 BASE = "bf16"  # the exact all-reduce that link.py compares with
+RANDOM = "random weights"
 COMPRESSED = ("auto", "one-shot", "two-step", "hierarchical")
 
 
@@ -67,6 +69,44 @@ def shaped(rows: Sequence[dict[str, Any]]) -> list[Case]:
             )
         )
     return cases
+
+
+@dataclass(frozen=True)
+class Prefill(Case):
+    """A measured time to first token. products: seconds of it, without communication; bytes: of each message."""
+
+    model: Transformer = cost_model.LLAMA_3_8B
+    tokens: int = 0
+    products: float = 0.0
+
+    def modelled(self, machine: Machine) -> float:
+        """With products as fast as they were measured: what is modelled is communication."""
+        unit = cost_model.time_to_first_token(
+            replace(machine, flops=1.0), self.way, self.model, self.tokens, self.world
+        )
+        machine = replace(machine, flops=unit.compute / self.products)
+        return cost_model.time_to_first_token(machine, self.way, self.model, self.tokens, self.world).total
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}, {self.tokens} tokens"
+
+
+def prefills(result: dict[str, Any]) -> list[Prefill]:
+    """Of what benchmarks/ttft.py measured with weights of its own, as of others it does not tell the sizes."""
+    if not result["rows"] or not result["model"].endswith(RANDOM):
+        return []
+    layers, hidden, ffn = (result[name] for name in ("layers", "hidden", "ffn"))
+    model = Transformer(result["model"], layers * (4 * hidden**2 + 3 * hidden * ffn), layers, hidden)
+    return [
+        Prefill(
+            "TTFT", machines.SHAPED.format(round(row["rate_gbit"], 3)), Way.of(row["spec"], path),
+            cost_model.HALF * row["tokens"] * hidden, row["ranks"], row["ttft_ms"] / 1e3, row["rate_gbit"], model=model,
+            tokens=row["tokens"], products=row["ttft_exact_ms"] / 1e3 * (1 - row["share"]),
+        )
+        for row in result["rows"]
+        if row["rate_gbit"] and len(row["paths"]) == 1 and (path := next(iter(row["paths"]))) in traffic.ALGORITHMS[1:]
+    ]  # fmt: skip
 
 
 def published() -> list[Case]:

@@ -68,6 +68,19 @@ def test_rows_of_several_nodes(load):
     assert several["held_out"] and several["cases"] == 2 and len(cases) > 100
 
 
+def test_prefills(load):
+    measured = {"rate_gbit": 0.1, "ranks": 2, "tokens": 1024, "spec": "int4:g32", "paths": {"one-shot": 32},
+                "ttft_ms": 3000.0, "ttft_exact_ms": 5000.0, "share": 0.6}  # fmt: skip
+    facts = {"model": "Llama of random weights", "layers": 16, "hidden": 512, "ffn": 1408}
+    rows = [measured, measured | {"paths": {"exact": 32}}, measured | {"rate_gbit": None}]
+    (case,) = load("cost_model_cases").prefills(facts | {"rows": rows})
+    assert case.seconds == 3.0 and case.bytes == 1 << 20
+    one = cost_model.all_reduce(machines.shaped(0.1), case.way, 1 << 20, 2).total
+    assert case.modelled(machines.shaped(0.1)) == pytest.approx(0.4 * 5.0 + 2 * 16 * one)
+    assert load("cost_model_cases").prefills({"rows": []}) == []
+    assert load("cost_model_cases").prefills(facts | {"model": "somebody's", "rows": rows}) == []
+
+
 def test_published_tables_are_those_of_the_sources(load):
     cases = {
         (c.source, c.world, c.bytes, str(c.way.spec), c.way.algorithm): c for c in load("cost_model_cases").published()
