@@ -69,7 +69,7 @@ bench: bench-link  ## measure on this machine, into benchmarks/results/ and the 
 
 bench-link: $(INSTALLED)  ## all-reduce and time to first token on shaped links, in 15 minutes (needs root; else loopback)
 	@$(BIN)/python benchmarks/link.py $(LINK_ARGS) --json benchmarks/results/link.json --plot docs/link.png
-	@$(BIN)/python benchmarks/ttft.py $(TTFT_ARGS) --json benchmarks/results/ttft.json
+	@$(BIN)/python benchmarks/ttft.py $(TTFT_ARGS) --json benchmarks/results/ttft.json --plot docs/ttft.png
 	@$(BIN)/python benchmarks/tables.py
 
 bench-gpu: $(GPU_INSTALLED)  ## measure the kernels on the GPU, for 9 minutes; again: go on (PYTHON=python3: without .venv)
