@@ -65,6 +65,8 @@ bench: bench-link  ## measure on this machine, into benchmarks/results/ and the 
 	@$(BIN)/python benchmarks/kernels.py --predict --json benchmarks/results/kernels_predicted.json
 	@$(BIN)/python benchmarks/evaluating.py --json benchmarks/results/evaluating.json
 	@$(BIN)/python benchmarks/demo.py --json benchmarks/results/demo.json
+	@$(BIN)/python benchmarks/cost_model.py --fit --write >/dev/null
+	@$(BIN)/python benchmarks/cost_model.py --json benchmarks/results/cost_model.json --plot docs/cost_model.png
 	@$(BIN)/python benchmarks/tables.py
 
 bench-link: $(INSTALLED)  ## all-reduce and time to first token on shaped links, in 15 minutes (needs root; else loopback)

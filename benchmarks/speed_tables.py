@@ -63,3 +63,14 @@ def first_tokens(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         ])  # fmt: skip
     columns = ["link", "communication", "spec", "exact, ms", "gate", "always", "MB per rank", "a later token exact, ms"]
     return [*columns, "gate", "always"], lines
+
+
+def note(result: Mapping[str, Any]) -> str:
+    """What was measured of first tokens, and how. result: what benchmarks/ttft.py wrote."""
+    sizes = ""
+    if "layers" in result:  # of random weights; a folder's name says it all
+        sizes = f" of {result['layers']} layers, hidden size {result['hidden']}, {result['ffn']} in the MLP"
+    return (
+        f"{result['model']}{sizes}, {result['dtype']}; {result['rows'][0]['engine']}; a prompt of {result['tokens']:,} "
+        f"tokens and {result['decode_tokens']} more; medians of {result['repeats']}, all in turn, of the slowest rank. "
+    )

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import accuracy_tables
+import cost_model_tables
 import kernel_report
 import speed_tables
 
@@ -325,13 +326,27 @@ def thresholds() -> str:
 
 def ttft() -> str:
     result = load("ttft")
-    sizes = f"{result['layers']} layers, hidden size {result['hidden']}, {result['ffn']} in the MLP"
+    return markdown(*speed_tables.first_tokens(result["rows"]), speed_tables.note(result) + measured(result))
+
+
+def cost_model() -> str:
+    result = load("cost_model")
+    links = result["link"]
     note = (
-        f"{result['model']}, {sizes}, {result['dtype']}; {result['rows'][0]['engine']}; a prompt of "
-        f"{result['tokens']:,} tokens and {result['decode_tokens']} more; medians of {result['repeats']}, all in turn, "
-        f"of the slowest rank. {measured(result)}"
+        f"Error: modelled over measured time, less one; shaped links: {links['cpu']}, {links['cores']} cores, "
+        f"{links['date']}; "
+        f"others as published (`benchmarks/published_all_reduce.json`). `{result['machine']['command']}`."
     )
-    return markdown(*speed_tables.first_tokens(result["rows"]), note)
+    return markdown(*cost_model_tables.errors(result), note)
+
+
+def cost_machines() -> str:
+    result = load("cost_model")
+    note = (
+        f"**Modelled, not measured**: `{result['spec']}`; {result['model']}, a prefill of {result['tokens']:,} tokens, "
+        f"and a step of decoding one. `{result['machine']['command']}`."
+    )
+    return markdown(*cost_model_tables.machines(result), note)
 
 
 TABLES = {
@@ -344,6 +359,8 @@ TABLES = {
     "demo": demo,
     "tasks": tasks,
     "codecs": codecs,
+    "cost-machines": cost_machines,
+    "cost-model": cost_model,
     "evaluating": evaluating,
     "calibration": calibration,
     "alternatives": alternatives,

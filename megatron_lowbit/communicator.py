@@ -19,7 +19,18 @@ from . import links, policy, telemetry
 from .codecs import Codec, backend, plain
 from .codecs.base import check_tensor, rows_of
 from .codecs.fused import add_rmsnorm, check_norm
-from .collectives import all_gather, all_reduce, all_to_all, exchange, layout, pipeline, probe, reduce_scatter, topology
+from .collectives import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    exchange,
+    hierarchical,
+    layout,
+    pipeline,
+    probe,
+    reduce_scatter,
+    topology,
+)
 from .config import CommConfig
 from .errors import ConfigError, RankError
 
@@ -49,6 +60,7 @@ class Communicator:
             "protocol": PROTOCOL,
             "spec": config.spec,
             "algorithm": policy.wanted(config),
+            "outer_spec": config.outer_spec,
             "min_bytes": config.min_bytes,
             "sites": config.sites and list(config.sites),
             "calibration": config.calibration_digest,
@@ -58,18 +70,21 @@ class Communicator:
         device = "cuda" if cuda else "cpu"
         forced = links.from_environment(device)
         facts["link"] = forced and forced.name
-        everyone = exchange.compare(facts, group, group not in _compared, {"node": topology.node_name()})
+        own = {"node": topology.node_name(), "host": topology.host_name()}
+        everyone = exchange.compare(facts, group, group not in _compared, own)
         _compared.add(group)
         self.facts = policy.Facts(self.world, device, nodes=topology.Nodes.of([own["node"] for own in everyone]))
-        self.facts = replace(self.facts, link=forced.name if forced else self._link())
+        policy.algorithm(config, self.world, self.facts.nodes)  # says at once if nodes do not fit it
+        self.facts = replace(
+            self.facts, link=forced.name if forced else self._link(len({own["host"] for own in everyone}))
+        )
         for statistics in (config.calibrated, config.planned):
             if statistics is not None and self.world > 1:
                 statistics.check(tp=self.world)
 
-    def _link(self) -> str:
+    def _link(self, hosts: int) -> str:
         """The kind of link between these ranks, measured where there is one and where it matters."""
-        several = len(self.facts.nodes.members) > 1
-        if self.facts.device == "cpu" and several and policy.gated(self.config):
+        if self.facts.device == "cpu" and hosts > 1 and policy.gated(self.config):
             return links.reaching(probe.gbit_per_second(self.group)).name
         return links.UNKNOWN
 
@@ -147,6 +162,13 @@ class Communicator:
         self, x: torch.Tensor, decision: policy.Decision, site: str
     ) -> tuple[all_reduce.Summands | torch.Tensor, int]:
         """(what is left to decode, or the sum where decoding overlapped with the exchange; bytes sent)"""
+        if decision.algorithm == "hierarchical":
+            names = ("scatter", "outer scatter", "outer gather")
+            legs, nodes = hierarchical.Legs(*(self._codec(leg, site) for leg in names)), self.facts.nodes
+            if decision.chunks:
+                return hierarchical.in_chunks(x, legs, nodes, decision.chunks, self.group, self._workspace)
+            summands = hierarchical.in_one_go(x, legs, nodes, self.group, self._workspace)
+            return summands, summands.sent
         once = decision.algorithm == "one-shot"
         codecs = [self._codec(leg, site) for leg in (("scatter",) if once else ("scatter", "gather"))]
         if decision.chunks:
@@ -214,7 +236,7 @@ class Communicator:
         return out
 
     def _codec(self, leg: str, site: str) -> Codec:
-        """What this rank uses at `site` on the "scatter" or the "gather" leg."""
+        """What this rank uses at `site` on one of the legs that `CommConfig.codec` names."""
         key = leg, site if self.config.per_site else None
         if key not in self._bound:
             self._bound[key] = self.config.codec(leg, site, self._rank)

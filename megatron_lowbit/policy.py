@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .collectives.topology import Nodes
 from .config import CommConfig
+from .errors import ConfigError
 from .links import UNKNOWN, Link, named
 
 
@@ -41,7 +42,13 @@ def choose(config: CommConfig, site: str, nbytes: int, facts: Facts) -> Decision
         return exact
     if (reason := too_small(config, site, nbytes, facts)) is not None:
         return Decision("exact", reason)
-    return Decision(resolved(wanted(config), facts.world), chunks=chunks(nbytes, facts))
+    return Decision(algorithm(config, facts.world, facts.nodes), chunks=chunks(nbytes, facts))
+
+
+def algorithm(config: CommConfig, world: int, nodes: Nodes | None = None) -> str:
+    """The algorithm of messages that are large enough. Raises ConfigError as `resolved` does."""
+    name = wanted(config)
+    return resolved(name, world, None if name == "auto" and not config.nests else nodes)
 
 
 def wanted(config: CommConfig) -> str:
@@ -55,10 +62,24 @@ def chunks(nbytes: int, facts: Facts) -> int:
     return max(1, round(nbytes / size)) if size else 0
 
 
-def resolved(algorithm: str, world: int) -> str:
-    """What "auto" comes to for a message that is large enough; other algorithms are themselves."""
+def resolved(algorithm: str, world: int, nodes: Nodes | None = None) -> str:
+    """What an algorithm comes to for a message that is large enough. nodes: None: as on one of them.
+
+    "auto" depends on the ranks; "hierarchical" is two-step where there are not several nodes of several ranks; others
+    are themselves. Raises ConfigError for "hierarchical" on nodes that differ in their ranks.
+    """
+    nested = nodes is not None and nodes.nested
+    if algorithm == "hierarchical":
+        if nodes is not None and not nodes.equal:
+            raise ConfigError(
+                f"algorithm 'hierarchical' needs nodes of as many ranks each, and these have {nodes.sizes}: start as "
+                "many on each node, use algorithm 'two-step', or name other nodes with LOWBIT_NODE"
+            )
+        return "hierarchical" if nested else "two-step"
     if algorithm != "auto":
         return algorithm
+    if nested:
+        return "hierarchical"
     # Two ranks: one-shot sends no more than two-step and quantizes once instead of twice. From three ranks on it sends
     # N / 2 times as much.
     return "one-shot" if world == 2 else "two-step"

@@ -4,11 +4,14 @@ import itertools
 
 import pytest
 
+from megatron_lowbit.collectives.topology import Nodes
 from megatron_lowbit.config import ALGORITHMS, CommConfig
+from megatron_lowbit.errors import ConfigError
 from megatron_lowbit.evaluation.cases import Case
 from megatron_lowbit.links import LINKS, NEVER, UNKNOWN, named
 from megatron_lowbit.plan_file import Plan
 from megatron_lowbit.policy import Decision, Facts, bypass, choose, chunks, gated
+from tests.calibrations import random_calibration
 
 PLACES = [(device, link.name) for device, kinds in LINKS.items() for link in kinds] + [("xpu", UNKNOWN)]
 
@@ -46,7 +49,42 @@ def test_over_the_whole_input_space():
             if compressed and algorithm == "auto":
                 assert decision.algorithm == ("one-shot" if world == 2 else "two-step")
             elif compressed:
-                assert decision.algorithm == algorithm
+                assert decision.algorithm == ("two-step" if algorithm == "hierarchical" else algorithm)
+
+
+@pytest.mark.parametrize(
+    "names, nested, equal",
+    [("aaaa", False, True), ("abcd", False, True), ("aabb", True, True), ("abab", True, True), ("aaab", False, False),
+     ("ab", False, True), ("aa", False, True), ("aaabbb", True, True), ("aabbc", False, False)],
+)  # fmt: skip
+def test_nodes_in_nodes_are_reduced_hierarchically(names, nested, equal):
+    facts = Facts(len(names), nodes=Nodes.of(names))
+    flat = "one-shot" if len(names) == 2 else "two-step"
+    size, of = 1 << 30, lambda config: choose(config, "s", 1 << 30, facts).algorithm
+    assert of(CommConfig("int4:g32")) == ("hierarchical" if nested else flat)
+    assert of(CommConfig("int4:g32", "two-step")) == "two-step"
+    assert choose(CommConfig("int4:g32", sites="other"), "s", size, facts).algorithm == "exact"
+    assert of(CommConfig("int4:g32", plan=None, outer_spec="int3")) == ("hierarchical" if nested else flat)
+    plan = Plan({"s": "int8"}, tp=len(names), algorithm="two-step")
+    assert of(CommConfig(plan=plan)) == "two-step"
+    if not equal:
+        sizes = {"aaab": "3, 1", "aabbc": "2, 2, 1"}[names]
+        for config in (CommConfig("int4:g32", "hierarchical"), CommConfig(plan=plan, algorithm="hierarchical")):
+            with pytest.raises(ConfigError, match=f"as many ranks each, and these have {sizes}: .*'two-step'"):
+                of(config)
+        return
+    assert of(CommConfig("int4:g32", "hierarchical")) == ("hierarchical" if nested else "two-step")
+    assert of(CommConfig(plan=plan, algorithm="hierarchical")) == ("hierarchical" if nested else "two-step")
+
+
+def test_auto_is_hierarchical_only_if_every_spec_can_travel_so():
+    facts = Facts(4, nodes=Nodes.of("aabb"))
+    calibration = random_calibration(["s", "t"], 4, 128, "1/64")
+    for spec, expected in (("selective4", "two-step"), ("int4:outliers=1/64", "hierarchical")):
+        config = CommConfig(spec, calibration=calibration)
+        assert choose(config, "s", 1 << 30, facts).algorithm == expected
+    plan = Plan({"s": "int8", "t": "selective4"}, tp=4)
+    assert choose(CommConfig(plan=plan, calibration=calibration), "s", 1 << 30, facts).algorithm == "two-step"
 
 
 def test_two_thresholds_and_each_has_its_reason():

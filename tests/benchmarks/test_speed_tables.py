@@ -7,7 +7,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from speed_tables import crossover, first_tokens, thresholds
+from speed_tables import crossover, first_tokens, note, thresholds
 
 from megatron_lowbit import links
 
@@ -54,3 +54,12 @@ def test_first_tokens_have_gate_and_always_in_one_row():
     columns, lines = first_tokens([row, always])
     cells = ["1800", "1000 (**1.80×**)", "900 (2.00×)", "33.0 → 11.0", "20.00", "20.20 (+1.0%)", "25.00 (+25.0%)"]
     assert lines == [["0.25 Gbit/s, 2 ranks", "65%", "`int4:g32`", *cells]] and len(columns) == len(lines[0])
+
+
+def test_the_note_names_sizes_of_random_weights_only():
+    result = {"model": "tiny", "dtype": "bfloat16", "rows": [{"engine": "megatron"}], "tokens": 1024}
+    result |= {"decode_tokens": 8, "repeats": 3}
+    end = ", bfloat16; megatron; a prompt of 1,024 tokens and 8 more; medians of 3, all in turn, of the slowest rank. "
+    assert note(result) == "tiny" + end
+    sized = result | {"layers": 2, "hidden": 64, "ffn": 96}
+    assert note(sized) == "tiny of 2 layers, hidden size 64, 96 in the MLP" + end
