@@ -77,9 +77,12 @@ def benchmark(arguments: argparse.Namespace) -> int:
             rows += link(arguments, folder, share, rate)
             bar.advance(task)
     report(rows)
-    facts = ("tokens", "decode_tokens", "repeats", "device", *SIZES)
-    model = {"model": Path(arguments.model).name if arguments.model else "Llama of random weights", "dtype": "bfloat16"}
-    save(arguments.json, rows, **model, **{name: getattr(arguments, name) for name in facts})
+    facts = {name: getattr(arguments, name) for name in ("tokens", "decode_tokens", "repeats", "device")}
+    if arguments.model:
+        facts["model"] = Path(arguments.model).resolve().name
+    else:
+        facts |= {"model": "Llama with random weights"} | {name: getattr(arguments, name) for name in SIZES}
+    save(arguments.json, rows, dtype="bfloat16", **facts)
     if arguments.plot:
         from ttft_plot import plot
 
