@@ -7,8 +7,12 @@ WORKERS ?= -n 2 --dist loadfile
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
+LINK_ARGS ?= --rate-gbit 0.2 1 5 --ranks 2 4 --bytes 4096 65536 131072 262144 1048576 8388608 \
+  --comm int4:g32 gauss4:g128 gauss4:g128:trellis --algorithm auto gate --repeats 20
+TTFT_ARGS ?= --repeats 10
+
 .DEFAULT_GOAL := help
-.PHONY: help demo accuracy test test-full test-gpu test-triton-matrix test-megatron-matrix test-deepspeed-matrix lint bench bench-gpu clean
+.PHONY: help demo accuracy test test-full test-gpu test-triton-matrix test-megatron-matrix test-deepspeed-matrix lint bench bench-link bench-gpu clean
 
 # A machine with a GPU has its own torch and triton, and often nothing can be installed there: with PYTHON=python3 on the
 # command line that Python runs these two as it is. They need torch, triton and numpy, tests pytest and hypothesis too.
@@ -52,7 +56,7 @@ lint: $(INSTALLED)  ## check the code with ruff, and that the tables in the docs
 	@$(BIN)/ruff check .
 	@$(BIN)/python benchmarks/tables.py --check
 
-bench: $(INSTALLED)  ## measure on this machine, into benchmarks/results/ and the tables of README.md and docs/
+bench: bench-link  ## measure on this machine, into benchmarks/results/ and the tables of README.md and docs/
 	@$(BIN)/python benchmarks/codecs.py --json benchmarks/results/codecs.json
 	@$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json --plot docs/sqnr.png
 	@$(BIN)/python benchmarks/alternatives.py --json benchmarks/results/alternatives.json
@@ -63,6 +67,11 @@ bench: $(INSTALLED)  ## measure on this machine, into benchmarks/results/ and th
 	@$(BIN)/python benchmarks/demo.py --json benchmarks/results/demo.json
 	@$(BIN)/python benchmarks/cost_model.py --fit --write >/dev/null
 	@$(BIN)/python benchmarks/cost_model.py --json benchmarks/results/cost_model.json --plot docs/cost_model.png
+	@$(BIN)/python benchmarks/tables.py
+
+bench-link: $(INSTALLED)  ## all-reduce and time to first token on shaped links, in 15 minutes (needs root; else loopback)
+	@$(BIN)/python benchmarks/link.py $(LINK_ARGS) --json benchmarks/results/link.json --plot docs/link.png
+	@$(BIN)/python benchmarks/ttft.py $(TTFT_ARGS) --json benchmarks/results/ttft.json --plot docs/ttft.png
 	@$(BIN)/python benchmarks/tables.py
 
 bench-gpu: $(GPU_INSTALLED)  ## measure the kernels on the GPU, for 9 minutes; again: go on (PYTHON=python3: without .venv)

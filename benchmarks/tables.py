@@ -18,6 +18,7 @@ from pathlib import Path
 import accuracy_tables
 import cost_model_tables
 import kernel_report
+import speed_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -130,14 +131,6 @@ def evaluating() -> str:
         f"window by window, on a machine that others used too. {measured(result)}"
     )
     return markdown(["spec", *(f"{dtype}, TP {tp}" for dtype, tp in columns)], lines, note)
-
-
-def threshold() -> str:
-    result = load("threshold")
-    rows = [[f"{r['bytes']:,}", f"{r['exact_ms']:.3f}", f"{r['compressed_ms']:.3f}",
-             f"{r['exact_ms'] / r['compressed_ms']:.2f}×"] for r in result["rows"]]  # fmt: skip
-    note = f"{result['ranks']} ranks, {result['link']}, gloo, medians. {measured(result)}"
-    return markdown(["bytes (bf16)", "exact, ms", f"`{result['spec']}`, ms", "exact / compressed"], rows, note)
 
 
 def formats(name: str) -> str:
@@ -325,6 +318,17 @@ def link() -> str:
     )
 
 
+def thresholds() -> str:
+    result = load("link")
+    note = f"Bytes of the bf16 message; in brackets what `links.py` holds for this kind. {measured(result)}"
+    return markdown(*speed_tables.thresholds(result["rows"]), note)
+
+
+def ttft() -> str:
+    result = load("ttft")
+    return markdown(*speed_tables.first_tokens(result["rows"]), speed_tables.note(result) + measured(result))
+
+
 def cost_model() -> str:
     result = load("cost_model")
     links = result["link"]
@@ -358,12 +362,13 @@ TABLES = {
     "cost-machines": cost_machines,
     "cost-model": cost_model,
     "evaluating": evaluating,
-    "threshold": threshold,
     "calibration": calibration,
     "alternatives": alternatives,
     "kernels": kernels,
     "link": link,
     "link-chunks": link_chunks,
+    "thresholds": thresholds,
+    "ttft": ttft,
     "kernels-predicted": kernels_predicted,
     "plan": plan,
     "quality": quality,

@@ -34,7 +34,7 @@ EXAMPLES = """examples:
   python benchmarks/ttft.py                                       # two ranks, shares of 65 % and of 20 %
   python benchmarks/ttft.py --rate-gbit 1 --ranks 4 --comm int4:g32 --engine transformers
   python benchmarks/ttft.py --model ~/models/Llama-3.2-1B --tokens 512 --share 0.5
-  python benchmarks/ttft.py --json benchmarks/results/ttft.json
+  python benchmarks/ttft.py --json benchmarks/results/ttft.json --plot docs/ttft.png
 """
 SHARES = [0.65, 0.2]  # of 4 x L40 and of A100s in the Flash Communication paper
 SPECS = ["int4:g32", "gauss4:g128", "gauss4:g128:trellis"]
@@ -77,9 +77,16 @@ def benchmark(arguments: argparse.Namespace) -> int:
             rows += link(arguments, folder, share, rate)
             bar.advance(task)
     report(rows)
-    facts = ("tokens", "decode_tokens", "repeats", "device", *SIZES)
-    model = {"model": Path(arguments.model).name if arguments.model else "Llama of random weights", "dtype": "bfloat16"}
-    save(arguments.json, rows, **model, **{name: getattr(arguments, name) for name in facts})
+    facts = {name: getattr(arguments, name) for name in ("tokens", "decode_tokens", "repeats", "device")}
+    if arguments.model:
+        facts["model"] = Path(arguments.model).resolve().name
+    else:
+        facts |= {"model": "Llama with random weights"} | {name: getattr(arguments, name) for name in SIZES}
+    save(arguments.json, rows, dtype="bfloat16", **facts)
+    if arguments.plot:
+        from ttft_plot import plot
+
+        plot(rows, arguments.plot)
     return 0
 
 
@@ -206,7 +213,7 @@ def parse() -> argparse.Namespace:
     for name, size in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=size, help=f"of the random model (default: {size})")
     parser.add_argument("--tokens", type=int, default=1024, help="of the prompt (default: 1024)")
-    parser.add_argument("--decode-tokens", type=int, default=16, help="after each prompt (default: 16)")
+    parser.add_argument("--decode-tokens", type=int, default=32, help="after each prompt (default: 32)")
     parser.add_argument("--ranks", type=int, default=2, help="the TP size (default: 2)")
     parser.add_argument("--share", type=float, nargs="+", default=SHARES, help="of communication (default: 0.65 0.2)")
     parser.add_argument("--rate-gbit", type=float, nargs="+", default=[], help="of the links, in place of --share")
@@ -214,6 +221,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10, help="of every prompt (default: 10)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: ranks on GPUs, over NCCL")
     parser.add_argument("--json", type=Path, help="write the rows, the machine and the sizes")
+    parser.add_argument("--plot", type=Path, help="draw a picture (PNG)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -33,7 +33,6 @@ EXACT = ("exact", "exact")
 def run(job: dict) -> None:
     """Rank 0 prints what `measure` returns as its last line."""
     os.environ["LOCAL_RANK"] = os.environ["RANK"]
-    os.environ.pop("LOWBIT_NODE", None)  # hosts of one bridge count as one node: here each stands for a machine
     cuda = job["device"] == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

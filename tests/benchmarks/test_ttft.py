@@ -101,8 +101,9 @@ def rooted() -> bool:
 def test_as_its_user_starts_it(tmp_path):
     pytest.importorskip("megatron.core")
     running = start(
-        tmp_path, "--tokens=256", "--decode-tokens=2", "--repeats=1", "--rate-gbit", "1", "--comm", "int2:g32"
-    )
+        tmp_path, "--tokens=256", "--decode-tokens=2", "--repeats=1", "--rate-gbit=1", "--comm=int2:g32",
+        "--plot", str(tmp_path / "ttft.png"),
+    )  # fmt: skip
     printed, errors = running.communicate(timeout=200)
     assert running.returncode == 0, errors
     written = json.loads((tmp_path / "ttft.json").read_text())
@@ -115,7 +116,8 @@ def test_as_its_user_starts_it(tmp_path):
     assert gate["paths"] == {"exact": 2 * LAYERS} and gate["bytes_sent"] == gate["bytes_exact"]  # 32 KiB each
     assert always["paths"] == {"one-shot": 2 * LAYERS} and always["bytes_sent"] < always["bytes_exact"]
     assert "int2:g32" in printed and ("loopback" in errors) != rooted()
-    assert [path.name for path in tmp_path.iterdir()] == ["ttft.json"]
+    assert (tmp_path / "ttft.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ttft.json", "ttft.png"]
 
 
 @pytest.mark.slow
@@ -147,7 +149,7 @@ def test_stopped_it_leaves_nothing_behind(tmp_path):
         (["--comm", "int9"], "int9"),
         (["--comm", "selective4"], "calibration"),
         (["--model", "nowhere"], "nowhere"),
-        (["--model", str(random_llama.TOKENIZER), "--tokens", "5000"], "5000 tokens and 16 more are above"),
+        (["--model", str(random_llama.TOKENIZER), "--tokens", "5000"], "5000 tokens and 32 more are above"),
         (["--device", "cuda", "--ranks", "64", "--heads", "32"], "64 ranks on GPUs need as many"),
     ],
 )  # fmt: skip
