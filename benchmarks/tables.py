@@ -18,6 +18,7 @@ from pathlib import Path
 import accuracy_tables
 import cost_model_tables
 import kernel_report
+import link_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -364,6 +365,7 @@ TABLES = {
     "kernels": kernels,
     "link": link,
     "link-chunks": link_chunks,
+    "link-nodes": lambda: markdown(*link_tables.nodes(load("link_nodes"), measured)),
     "kernels-predicted": kernels_predicted,
     "plan": plan,
     "quality": quality,
