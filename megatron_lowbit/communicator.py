@@ -251,6 +251,7 @@ class Communicator:
         """With LOWBIT_CHECK=1, check that all ranks make this call alike. Raises RankError."""
         if _every_call_is_checked() and self.world > 1:
             facts |= {"collective": collective, "spec": self.config.spec, "site": site, "dtype": str(x.dtype)}
+            facts |= {"outer_spec": self.config.outer_spec}
             exchange.compare(facts, self.group)
 
     def _count(self, x: torch.Tensor, site: str, decision: policy.Decision, sent: int, plain_bytes: int) -> None:

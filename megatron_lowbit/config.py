@@ -78,7 +78,7 @@ class CommConfig:
             object.__setattr__(self, "sites", sites)
         object.__setattr__(self, "calibrated", self._load() if self.calibration is not None else None)
         object.__setattr__(self, "calibration_digest", self.calibrated and self.calibrated.digest)
-        if self.calibrated is None and (needing := [str(legs) for legs in self._all_specs if legs.calibrated]):
+        if self.calibrated is None and (needing := [str(legs) for legs in self.all_specs if legs.calibrated]):
             raise ConfigError(
                 f"spec {needing[0]!r} needs a calibration: make a file with 'megatron-lowbit calibrate' and pass it as "
                 "CommConfig(calibration=FILE), on a command line as --comm-calibration or --lowbit-comm-calibration"
@@ -122,7 +122,7 @@ class CommConfig:
         return self.plan if isinstance(self.plan, Plan) else Plan.load(self.plan)
 
     def _load(self) -> Calibration:
-        if not any(legs.calibrated for legs in self._all_specs):
+        if not any(legs.calibrated for legs in self.all_specs):
             raise ConfigError(
                 f"spec {self.spec!r} makes no use of calibration={str(self.calibration)!r}: leave it out, or use "
                 "selective4 or outliers=1/64"
@@ -156,7 +156,8 @@ class CommConfig:
         return self.planned.specs if self.planned else (_spec.parse(self.spec),)
 
     @property
-    def _all_specs(self) -> tuple[_spec.Spec, ...]:
+    def all_specs(self) -> tuple[_spec.Spec, ...]:
+        """These, and what travels between nodes."""
         return (*self.specs, *([_spec.parse(self.outer_spec)] if self.outer_spec else []))
 
     @property

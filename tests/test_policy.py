@@ -29,27 +29,31 @@ def smallest(algorithm, limit, spec, world, device, link):
 
 
 def test_over_the_whole_input_space():
-    for algorithm, limit, world, spec, (device, link), site in itertools.product(
+    for algorithm, limit, world, spec, (device, link), site, paired in itertools.product(
         ALGORITHMS,
         (None, 0, 1000),
         range(1, 9),
         ("int4:g32", "gauss4:g128:trellis", "int8/gauss4:trellis"),
         PLACES,
         ("a.mlp", "a.attention"),
+        (False, True),
     ):
         config = CommConfig(spec, algorithm=algorithm, min_bytes=limit, sites=("*.mlp",))
-        facts = Facts(world, device, link)
+        size = 2 - world % 2  # of a node
+        nodes = Nodes.of([rank // size for rank in range(world)]) if paired else None
+        nested = paired and size == 2 and world > 2
+        facts = Facts(world, device, link, nodes)
         least = smallest(algorithm, limit, spec, world, device, link)
         for nbytes in {0, 2, 999, 1000, least - 1, least, 1 << 30}:
             decision = choose(config, site, nbytes, facts)
-            assert decision == choose(config, site, nbytes, Facts(world, device, link))
+            assert decision == choose(config, site, nbytes, Facts(world, device, link, nodes))
             compressed = algorithm != "exact" and world > 1 and site == "a.mlp" and nbytes > 0 and nbytes >= least
             assert (decision.algorithm != "exact") == compressed
             assert (decision.fallback is None) == (compressed or algorithm == "exact")
             if compressed and algorithm == "auto":
-                assert decision.algorithm == ("one-shot" if world == 2 else "two-step")
+                assert decision.algorithm == ("hierarchical" if nested else "one-shot" if world == 2 else "two-step")
             elif compressed:
-                assert decision.algorithm == ("two-step" if algorithm == "hierarchical" else algorithm)
+                assert decision.algorithm == ("two-step" if algorithm == "hierarchical" and not nested else algorithm)
 
 
 @pytest.mark.parametrize(
