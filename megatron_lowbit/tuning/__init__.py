@@ -1,0 +1,1 @@
+"""What communication costs on a machine: modelled beforehand, or measured on it."""
