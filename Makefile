@@ -61,6 +61,8 @@ bench: $(INSTALLED)  ## measure on this machine, into benchmarks/results/ and th
 	@$(BIN)/python benchmarks/kernels.py --predict --json benchmarks/results/kernels_predicted.json
 	@$(BIN)/python benchmarks/evaluating.py --json benchmarks/results/evaluating.json
 	@$(BIN)/python benchmarks/demo.py --json benchmarks/results/demo.json
+	@$(BIN)/python benchmarks/cost_model.py --fit --write >/dev/null
+	@$(BIN)/python benchmarks/cost_model.py --json benchmarks/results/cost_model.json --plot docs/cost_model.png
 	@$(BIN)/python benchmarks/tables.py
 
 bench-gpu: $(GPU_INSTALLED)  ## measure the kernels on the GPU, for 9 minutes; again: go on (PYTHON=python3: without .venv)

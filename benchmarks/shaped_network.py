@@ -64,10 +64,14 @@ def check() -> None:
 
 @contextmanager
 def shaped_network(
-    nodes: Sequence[int], rate_gbit: float, outer_gbit: float | None = None, delay_ms: float = 0.0
+    nodes: Sequence[int],
+    rate_gbit: float,
+    outer_gbit: float | None = None,
+    delay_ms: float = 0.0,
+    burst: int = BURST,
 ) -> Iterator[list[Host]]:
     """Hosts, node by node. nodes: how many hosts each has. rate_gbit: of each host's link. outer_gbit: of each node's
-    uplink, if there are several. delay_ms: added to each packet a host sends.
+    uplink, if there are several. delay_ms: added to each packet a host sends. burst: bytes that pass at once, at least.
 
     Raises NetworkError. Removes everything on leaving, also on SIGTERM and Ctrl-C.
     """
@@ -88,7 +92,7 @@ def shaped_network(
                 _ip(switch, "link", "set", bridge, "up")
                 _veth(switch, f"up{node}", bridge, f"down{node}", "core")
                 for end in (f"up{node}", f"down{node}"):
-                    _shape(switch, end, outer_gbit or rate_gbit)
+                    _shape(switch, end, outer_gbit or rate_gbit, burst)
             for _ in range(count):
                 number = len(hosts)
                 host = Host(f"{own}-{number}", f"10.77.{node}.{number + 1}", "eth0", node)
@@ -98,8 +102,8 @@ def shaped_network(
                 _ip(host.name, "addr", "add", f"{host.address}/16", "dev", "eth0")
                 _ip(host.name, "link", "set", "eth0", "up")
                 _ip(host.name, "link", "set", "lo", "up")
-                _shape(switch, f"port{number}", rate_gbit)
-                _shape(host.name, "eth0", rate_gbit, delay_ms)
+                _shape(switch, f"port{number}", rate_gbit, burst)
+                _shape(host.name, "eth0", rate_gbit, burst, delay_ms)
                 hosts.append(host)
         yield hosts
     finally:
@@ -119,8 +123,8 @@ def _veth(namespace: str, one: str, its_bridge: str, other: str, others_bridge: 
     _ip(namespace, "link", "set", other, "master", others_bridge, "up")
 
 
-def _shape(namespace: str, interface: str, rate_gbit: float, delay_ms: float = 0.0) -> None:
-    rate, burst = f"{round(rate_gbit * 1e6)}kbit", max(BURST, round(rate_gbit * 1e9 / 8 * BURST_SECONDS))
+def _shape(namespace: str, interface: str, rate_gbit: float, burst: int, delay_ms: float = 0.0) -> None:
+    rate, burst = f"{round(rate_gbit * 1e6)}kbit", max(burst, round(rate_gbit * 1e9 / 8 * BURST_SECONDS))
     tc = ("ip", "netns", "exec", namespace, "tc", "qdisc", "add", "dev", interface)
     _run(*tc, "root", "handle", "1:", "tbf", "rate", rate, "burst", str(burst), "latency", f"{QUEUE_MS}ms")
     if delay_ms:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import accuracy_tables
+import cost_model_tables
 import kernel_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -324,6 +325,26 @@ def link() -> str:
     )
 
 
+def cost_model() -> str:
+    result = load("cost_model")
+    links = result["link"]
+    note = (
+        f"Error: modelled over measured time, less one; shaped links: {links['cpu']}, {links['cores']} cores, "
+        f"{links['date']}; "
+        f"others as published (`benchmarks/published_all_reduce.json`). `{result['machine']['command']}`."
+    )
+    return markdown(*cost_model_tables.errors(result), note)
+
+
+def cost_machines() -> str:
+    result = load("cost_model")
+    note = (
+        f"**Modelled, not measured**: `{result['spec']}`; {result['model']}, a prefill of {result['tokens']:,} tokens, "
+        f"and a step of decoding one. `{result['machine']['command']}`."
+    )
+    return markdown(*cost_model_tables.machines(result), note)
+
+
 TABLES = {
     "accuracy": lambda: accuracy(accuracy_tables.losses),
     "accuracy-short": lambda: accuracy(accuracy_tables.losses, SHORT),
@@ -334,6 +355,8 @@ TABLES = {
     "demo": demo,
     "tasks": tasks,
     "codecs": codecs,
+    "cost-machines": cost_machines,
+    "cost-model": cost_model,
     "evaluating": evaluating,
     "threshold": threshold,
     "calibration": calibration,

@@ -135,8 +135,8 @@ class Calibration:
                 f"{self.name} was made for another model ({self.metadata.get('model', 'unnamed')}, fingerprint "
                 f"{self.fingerprint[:12]}, this one has {fingerprint[:12]}): run calibrate with this model"
             )
-        # "auto" is one-shot on two ranks and two-step on more (policy.py); one-shot has no gather leg.
-        two_step = algorithm == "two-step" or (algorithm == "auto" and self.tp > 2)
+        # "auto" is one-shot on two ranks and something of two legs on more (policy.py); one-shot has no gather leg.
+        two_step = algorithm in ("two-step", "hierarchical") or (algorithm == "auto" and self.tp > 2)
         legs = [] if spec is None else [spec.scatter] if algorithm and not two_step else [spec.scatter, spec.gather]
         for leg in legs:
             if leg.calibrated and leg.outliers != self.fraction:

@@ -20,7 +20,18 @@ from . import links, policy, telemetry, tuned_lookup
 from .codecs import Codec, backend, plain
 from .codecs.base import check_tensor, rows_of
 from .codecs.fused import add_rmsnorm, check_norm
-from .collectives import all_gather, all_reduce, all_to_all, exchange, layout, pipeline, probe, reduce_scatter, topology
+from .collectives import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    exchange,
+    hierarchical,
+    layout,
+    pipeline,
+    probe,
+    reduce_scatter,
+    topology,
+)
 from .config import CommConfig
 from .errors import ConfigError, RankError
 from .tuned_table import Key, TunedTable
@@ -53,6 +64,7 @@ class Communicator:
             "protocol": PROTOCOL,
             "spec": config.spec,
             "algorithm": policy.wanted(config),
+            "outer_spec": config.outer_spec,
             "min_bytes": config.min_bytes,
             "sites": config.sites and list(config.sites),
             "calibration": config.calibration_digest,
@@ -64,10 +76,14 @@ class Communicator:
         facts["link"] = forced and forced.name
         tuned = tuned_lookup.source(config.tuned_table) if policy.gated(config) else tuned_lookup.NONE
         facts |= {"tuned": tuned, "tuned table": config.tuned_digest}
-        everyone = exchange.compare(facts, group, group not in _compared, {"node": topology.node_name()})
+        own = {"node": topology.node_name(), "host": topology.host_name()}
+        everyone = exchange.compare(facts, group, group not in _compared, own)
         _compared.add(group)
         self.facts = policy.Facts(self.world, device, nodes=topology.Nodes.of([own["node"] for own in everyone]))
-        self.facts = replace(self.facts, link=forced.name if forced else self._link())
+        policy.algorithm(config, self.world, self.facts.nodes)  # says at once if nodes do not fit it
+        self.facts = replace(
+            self.facts, link=forced.name if forced else self._link(len({own["host"] for own in everyone}))
+        )
         if tuned != tuned_lookup.NONE and self.world > 1:
             self.facts = replace(self.facts, tuned=self._tuned())
         for statistics in (config.calibrated, config.planned):
@@ -85,10 +101,9 @@ class Communicator:
         own = tuned_lookup.told(self.config.tuned_table, self.key) if self._rank == 0 else {}
         return tuned_lookup.heard(exchange.compare({}, self.group, own=own)[0])
 
-    def _link(self) -> str:
+    def _link(self, hosts: int) -> str:
         """The kind of link between these ranks, measured where there is one and where it matters."""
-        several = len(self.facts.nodes.members) > 1
-        if self.facts.device == "cpu" and several and policy.gated(self.config):
+        if self.facts.device == "cpu" and hosts > 1 and policy.gated(self.config):
             return links.reaching(probe.gbit_per_second(self.group)).name
         return links.UNKNOWN
 
@@ -165,9 +180,10 @@ class Communicator:
         if self.config.keeps_exact(site) or (which := (str(self.config.legs_at(site)), dtype)) in self._tuned_for:
             return
         self._tuned_for.add(which)
-        if which not in table.rows:
+        if which not in table.rows or self.config.outer_spec is not None:
+            outer = f" with outer spec {self.config.outer_spec}" if self.config.outer_spec else ""
             warnings.warn(
-                f"{table.name} has nothing about {which[0]} in {dtype}, so sizes decide as without a table: run "
+                f"{table.name} has nothing about {which[0]} in {dtype}{outer}, so sizes decide as without a table: run "
                 f"'megatron-lowbit tune --comm {which[0]} --dtype {dtype}'",
                 stacklevel=6,
             )
@@ -194,6 +210,13 @@ class Communicator:
         self, x: torch.Tensor, decision: policy.Decision, site: str
     ) -> tuple[all_reduce.Summands | torch.Tensor, int]:
         """(what is left to decode, or the sum where decoding overlapped with the exchange; bytes sent)"""
+        if decision.algorithm == "hierarchical":
+            names = ("scatter", "outer scatter", "outer gather")
+            legs, nodes = hierarchical.Legs(*(self._codec(leg, site) for leg in names)), self.facts.nodes
+            if decision.chunks:
+                return hierarchical.in_chunks(x, legs, nodes, decision.chunks, self.group, self._workspace)
+            summands = hierarchical.in_one_go(x, legs, nodes, self.group, self._workspace)
+            return summands, summands.sent
         once = decision.algorithm == "one-shot"
         codecs = [self._codec(leg, site) for leg in (("scatter",) if once else ("scatter", "gather"))]
         if decision.chunks:
@@ -261,7 +284,7 @@ class Communicator:
         return out
 
     def _codec(self, leg: str, site: str) -> Codec:
-        """What this rank uses at `site` on the "scatter" or the "gather" leg."""
+        """What this rank uses at `site` on one of the legs that `CommConfig.codec` names."""
         key = leg, site if self.config.per_site else None
         if key not in self._bound:
             self._bound[key] = self.config.codec(leg, site, self._rank)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from types import MappingProxyType
 
 from . import spec as _spec
@@ -17,8 +18,8 @@ from .tuned_table import TunedTable
 
 DEFAULT_SPEC = "gauss4:g128:trellis"  # fewest bits within 1 % of perplexity: docs/accuracy.md
 PLANNED = "plan"  # what `spec` reads where each site has its own
-ALGORITHMS = ("auto", "one-shot", "two-step", "exact")
-PLANNED_ALGORITHMS = ("hierarchical",)
+ALGORITHMS = ("auto", "one-shot", "two-step", "hierarchical", "exact")
+COMPRESSING = ALGORITHMS[:-1]
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class CommConfig:
 
     spec: codec of both legs, or "scatter/gather" (see `megatron_lowbit.spec`); None: what the plan says, or
         DEFAULT_SPEC.
-    algorithm: "auto" (with a plan, what it was made for), "one-shot", "two-step" or "exact"; of the all-reduce, but
-        "exact" holds for all collectives.
+    algorithm: "auto" (with a plan, what it was made for), "one-shot", "two-step", "hierarchical" (of nodes of as many
+        ranks each; on one node, and with one rank on each, it is two-step) or "exact"; of the all-reduce, but "exact"
+        holds for all collectives.
     min_bytes: of the all-reduce; messages of fewer bytes (in their own dtype) go uncompressed. None: the measured
         threshold with "auto", 0 with a named algorithm (who names one has decided).
     sites: glob patterns of the sites to compress, such as "layers.*.mlp"; None: all. Others go exact, and are counted.
@@ -36,6 +38,8 @@ class CommConfig:
         values of a site (`outliers=`, selective4), and for those only. It is read when the configuration is made.
     plan: in place of a spec a file that `megatron-lowbit plan` wrote, or a Plan: each site has its own spec there. A
         site that it lacks is an error when it is used, unless `sites` leaves it out.
+    outer_spec: what travels between nodes in "hierarchical", on both hops of the all-reduce there; None: what a site's
+        spec says. It is what everybody decodes: given this, the spec's second leg is not used there.
     tuned: the file that `megatron-lowbit tune` wrote, or a TunedTable, to decide by in place of this user's own; for
         "auto" without min_bytes, as nothing else is left to decide.
 
@@ -48,6 +52,7 @@ class CommConfig:
     sites: tuple[str, ...] | None = None
     calibration: str | os.PathLike | Calibration | None = field(default=None, compare=False)  # its digest is compared
     plan: str | os.PathLike | Plan | None = field(default=None, compare=False)
+    outer_spec: str | None = None
     tuned: str | os.PathLike | TunedTable | None = field(default=None, compare=False)
     calibration_digest: str | None = field(init=False, default=None)  # of what the file holds
     plan_digest: str | None = field(init=False, default=None)
@@ -62,12 +67,9 @@ class CommConfig:
             object.__setattr__(self, "plan_digest", self.planned.digest)
         spec = PLANNED if self.planned else DEFAULT_SPEC if self.spec is None else str(_spec.parse(self.spec))
         object.__setattr__(self, "spec", spec)
-        if self.algorithm in PLANNED_ALGORITHMS:
-            raise ConfigError(
-                f"algorithm {self.algorithm!r} is not available in this version: use one of {', '.join(ALGORITHMS)}"
-            )
         if self.algorithm not in ALGORITHMS:
             raise ConfigError(f"unknown algorithm {self.algorithm!r}: use one of {', '.join(ALGORITHMS)}")
+        self._check_hierarchy()
         if self.min_bytes is not None and (
             isinstance(self.min_bytes, bool) or not isinstance(self.min_bytes, int) or self.min_bytes < 0
         ):
@@ -84,11 +86,39 @@ class CommConfig:
         object.__setattr__(self, "tuned_digest", self.tuned_table and self.tuned_table.digest)
         object.__setattr__(self, "calibrated", self._load() if self.calibration is not None else None)
         object.__setattr__(self, "calibration_digest", self.calibrated and self.calibrated.digest)
-        if self.calibrated is None and (needing := [str(legs) for legs in self.specs if legs.calibrated]):
+        if self.calibrated is None and (needing := [str(legs) for legs in self._all_specs if legs.calibrated]):
             raise ConfigError(
                 f"spec {needing[0]!r} needs a calibration: make a file with 'megatron-lowbit calibrate' and pass it as "
                 "CommConfig(calibration=FILE), on a command line as --comm-calibration or --lowbit-comm-calibration"
             )
+
+    def _check_hierarchy(self) -> None:
+        if self.outer_spec is not None:
+            object.__setattr__(self, "outer_spec", str(_spec.parse(self.outer_spec)))
+            asked = self.planned.algorithm if self.planned and self.algorithm == "auto" else self.algorithm
+            if asked not in ("auto", "hierarchical"):
+                raise ConfigError(
+                    f"algorithm {asked!r} makes no use of outer_spec={self.outer_spec!r}, which is for what travels "
+                    "between nodes: leave it out, or use algorithm 'hierarchical'"
+                )
+        if (self.algorithm == "hierarchical" or self.outer_spec is not None) and not self.nests:
+            raise ConfigError(
+                f"{self._ranged[0]!r} cannot travel hierarchically, as it needs the ranges of what it encodes, and "
+                "those of a node's sums are in no calibration: use another codec, such as int4:outliers=1/64, or "
+                "algorithm 'two-step' without an outer_spec"
+            )
+
+    @cached_property
+    def nests(self) -> bool:
+        """Whether all its specs can travel hierarchically: what "auto" needs for that."""
+        return not self._ranged
+
+    @property
+    def _ranged(self) -> list[str]:
+        """The legs that could not travel hierarchically, of those that would."""
+        outer = _spec.parse(self.outer_spec) if self.outer_spec else None
+        legs = [leg for spec in self.specs for leg in (spec.scatter, (outer or spec).scatter, (outer or spec).gather)]
+        return [str(leg) for leg in legs if leg.ranged]
 
     def _load_plan(self) -> Plan:
         if self.spec not in (None, PLANNED):
@@ -111,7 +141,7 @@ class CommConfig:
         return given if isinstance(given, TunedTable) else TunedTable.load(given)
 
     def _load(self) -> Calibration:
-        if not any(legs.calibrated for legs in self.specs):
+        if not any(legs.calibrated for legs in self._all_specs):
             raise ConfigError(
                 f"spec {self.spec!r} makes no use of calibration={str(self.calibration)!r}: leave it out, or use "
                 "selective4 or outliers=1/64"
@@ -124,11 +154,15 @@ class CommConfig:
         calibration = given if isinstance(given, Calibration) else Calibration.load(given)
         for legs in self.specs:
             calibration.check(spec=legs, algorithm=self.algorithm)
+        if self.outer_spec is not None:
+            calibration.check(spec=_spec.parse(self.outer_spec), algorithm="hierarchical")
         return calibration
 
     def codec(self, leg: str, site: str | None, rank: int) -> Codec:
-        """What `rank` uses at `site` on the "scatter" or the "gather" leg. Raises ConfigError for an unknown site."""
-        parsed: _spec.Leg = getattr(self.legs_at(site), leg)
+        """What `rank` uses at `site` on the "scatter" or the "gather" leg, or, between nodes, on the "outer scatter" or
+        the "outer gather" leg. Raises ConfigError for an unknown site."""
+        legs, leg = (self.outer_at if leg.startswith("outer ") else self.legs_at)(site), leg.removeprefix("outer ")
+        parsed: _spec.Leg = getattr(legs, leg)
         if not parsed.calibrated:
             return make(parsed)
         if site is None:
@@ -139,6 +173,10 @@ class CommConfig:
     def specs(self) -> tuple[_spec.Spec, ...]:
         """All parsed specs: the plan's, or the one."""
         return self.planned.specs if self.planned else (_spec.parse(self.spec),)
+
+    @property
+    def _all_specs(self) -> tuple[_spec.Spec, ...]:
+        return (*self.specs, *([_spec.parse(self.outer_spec)] if self.outer_spec else []))
 
     @property
     def per_site(self) -> bool:
@@ -153,6 +191,10 @@ class CommConfig:
             raise ConfigError(f"a plan depends on the site: name one, such as {next(iter(self.planned.sites))!r}")
         self.planned.check(sites=[site])
         return _spec.parse(self.planned.sites[site])
+
+    def outer_at(self, site: str | None) -> _spec.Spec:
+        """As `legs_at`, of what travels between nodes."""
+        return self.legs_at(site) if self.outer_spec is None else _spec.parse(self.outer_spec)
 
     def check(
         self,
@@ -170,7 +212,7 @@ class CommConfig:
         if self.planned is not None:
             self.planned.check(tp, fingerprint, sent, tensors)
         if self.calibrated is not None:
-            using = [site for site in sent if not self.keeps_exact(site) and self.legs_at(site).calibrated]
+            using = [site for site in sent if not self.keeps_exact(site) and self._calibrated_at(site)]
             self.calibrated.check(tp=tp, fingerprint=fingerprint, sites=using)
 
     def keeps_exact(self, site: str) -> bool:
@@ -180,3 +222,6 @@ class CommConfig:
     def selects(self, site: str) -> bool:
         """Whether `site` is to be compressed, if the plan does not keep it exact."""
         return self.sites is None or any(fnmatchcase(site, pattern) for pattern in self.sites)
+
+    def _calibrated_at(self, site: str) -> bool:
+        return self.legs_at(site).calibrated or self.outer_at(site).calibrated

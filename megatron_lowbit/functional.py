@@ -24,10 +24,12 @@ def all_reduce(
     group: dist.ProcessGroup | None = None,
     algorithm: str = "auto",
     min_bytes: int | None = None,
+    outer_spec: str | None = None,
 ) -> torch.Tensor:
-    """Sum of x [..., features] (bf16, fp16 or fp32) over `group`. algorithm, min_bytes: as in CommConfig."""
+    """Sum of x [..., features] (bf16, fp16 or fp32) over `group`. algorithm … outer_spec: as in CommConfig."""
     check_tensor(x)
-    return communicator(group, CommConfig(spec=spec, algorithm=algorithm, min_bytes=min_bytes)).all_reduce(x)
+    config = CommConfig(spec=spec, algorithm=algorithm, min_bytes=min_bytes, outer_spec=outer_spec)
+    return communicator(group, config).all_reduce(x)
 
 
 def all_reduce_add_rmsnorm(
@@ -40,10 +42,11 @@ def all_reduce_add_rmsnorm(
     min_bytes: int | None = None,
     eps: float = 1e-6,
     offset: float = 0.0,
+    outer_spec: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(RMSNorm of the new residual, new residual), where that is all_reduce(x) + residual; see Communicator."""
     check_tensor(x)
-    config = CommConfig(spec=spec, algorithm=algorithm, min_bytes=min_bytes)
+    config = CommConfig(spec=spec, algorithm=algorithm, min_bytes=min_bytes, outer_spec=outer_spec)
     return communicator(group, config).all_reduce_add_rmsnorm(x, residual, weight, eps, offset)
 
 

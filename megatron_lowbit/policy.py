@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .collectives.topology import Nodes
 from .config import CommConfig
+from .errors import ConfigError
 from .links import UNKNOWN, Link, named
 from .tuned_table import TunedTable
 
@@ -48,16 +49,22 @@ def choose(config: CommConfig, site: str, nbytes: int, facts: Facts, dtype: str 
         return measured
     if (reason := too_small(config, site, nbytes, facts)) is not None:
         return Decision("exact", reason)
-    return Decision(resolved(wanted(config), facts.world), chunks=chunks(nbytes, facts))
+    return Decision(algorithm(config, facts.world, facts.nodes), chunks=chunks(nbytes, facts))
+
+
+def algorithm(config: CommConfig, world: int, nodes: Nodes | None = None) -> str:
+    """The algorithm of messages that are large enough. Raises ConfigError as `resolved` does."""
+    name = wanted(config)
+    return resolved(name, world, None if name == "auto" and not config.nests else nodes)
 
 
 def tuned(config: CommConfig, site: str, nbytes: int, facts: Facts, dtype: str) -> Decision | None:
-    """What the tuned table says; None without one, and where it lacks the spec or the dtype."""
-    if facts.tuned is None or not gated(config):
+    """What the tuned table says; None without one, and for what it lacks: a spec, a dtype, any other outer spec."""
+    if facts.tuned is None or not gated(config) or config.outer_spec is not None:
         return None
     only = None
     if config.planned:  # its legs and loss are of one algorithm
-        only = resolved(wanted(config), facts.world)
+        only = algorithm(config, facts.world, facts.nodes)
     elif config.calibrated and not config.calibrated.has_sums:
         only = "one-shot"  # it knows nothing of the leg that gathers
     found = facts.tuned.choose(str(config.legs_at(site)), dtype, nbytes, only)
@@ -77,10 +84,24 @@ def chunks(nbytes: int, facts: Facts) -> int:
     return max(1, round(nbytes / size)) if size else 0
 
 
-def resolved(algorithm: str, world: int) -> str:
-    """What "auto" comes to for a message that is large enough; other algorithms are themselves."""
+def resolved(algorithm: str, world: int, nodes: Nodes | None = None) -> str:
+    """What an algorithm comes to for a message that is large enough. nodes: None: as on one of them.
+
+    "auto" depends on the ranks; "hierarchical" is two-step where there are not several nodes of several ranks; others
+    are themselves. Raises ConfigError for "hierarchical" on nodes that differ in their ranks.
+    """
+    nested = nodes is not None and nodes.nested
+    if algorithm == "hierarchical":
+        if nodes is not None and not nodes.equal:
+            raise ConfigError(
+                f"algorithm 'hierarchical' needs nodes of as many ranks each, and these have {nodes.sizes}: start as "
+                "many on each node, use algorithm 'two-step', or name other nodes with LOWBIT_NODE"
+            )
+        return "hierarchical" if nested else "two-step"
     if algorithm != "auto":
         return algorithm
+    if nested:
+        return "hierarchical"
     # Two ranks: one-shot sends no more than two-step and quantizes once instead of twice. From three ranks on it sends
     # N / 2 times as much.
     return "one-shot" if world == 2 else "two-step"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -18,6 +18,7 @@ from .codecs.base import check_tensor, rows_of
 from .collectives import layout
 from .collectives.all_reduce import decode_shards, reduce_shard
 from .collectives.exchange import Workspace
+from .collectives.topology import Nodes
 from .config import CommConfig
 from .errors import ConfigError
 
@@ -30,29 +31,43 @@ def all_reduce(
     algorithm: str = "two-step",
     calibration: Given = None,
     site: str | None = None,
+    nodes: int | Sequence[object] = 1,
+    outer_spec: str | None = None,
 ) -> torch.Tensor:
     """partials: one tensor [..., features] per rank, of one shape and dtype -> the sum every rank would hold.
 
-    algorithm: "one-shot", "two-step", "auto" (what ranks would choose for a message above min_bytes) or "exact" (an
-    fp32 sum in rank order; torch's own all-reduce may add in another order). Raises ConfigError.
+    algorithm: "one-shot", "two-step", "hierarchical", "auto" (what ranks would choose for a message above min_bytes) or
+    "exact" (an fp32 sum in rank order; torch's own all-reduce may add in another order). nodes: how many equal ones
+    there are, the first ranks being on the first, or the name of each rank's node; as for the ranks, "hierarchical" is
+    two-step on one. outer_spec: as in CommConfig. Raises ConfigError.
     """
-    return reduced(partials, CommConfig(spec, algorithm, min_bytes=0, calibration=calibration), site)
+    config = CommConfig(spec, algorithm, min_bytes=0, calibration=calibration, outer_spec=outer_spec)
+    return reduced(partials, config, site, nodes)
 
 
-def reduced(partials: Sequence[torch.Tensor], config: CommConfig, site: str | None = None) -> torch.Tensor:
+def reduced(
+    partials: Sequence[torch.Tensor],
+    config: CommConfig,
+    site: str | None = None,
+    nodes: int | Sequence[object] = 1,
+) -> torch.Tensor:
     """`all_reduce` as a communicator with `config` does it at `site`, which may have a spec of its own in a plan."""
     partials = _checked(partials, "partial sums")
-    x, name = partials[0], "simulate" if site is None else site
-    algorithm = policy.choose(config, name, x.nbytes, policy.Facts(len(partials), x.device.type)).algorithm
+    x, name, world = partials[0], "simulate" if site is None else site, len(partials)
+    members = Nodes.among(world, nodes)
+    algorithm = policy.choose(config, name, x.nbytes, policy.Facts(world, x.device.type, nodes=members)).algorithm
     if algorithm == "exact":
         total = x.float()
         for partial in partials[1:]:
             total = total + partial
         return total.to(x.dtype, copy=True)
-    scatter = _codec(config, "scatter", site, len(partials))
+    scatter = _codec(config, "scatter", site, world)
     if algorithm == "one-shot":
         return _one_shot(partials, scatter)
-    return _two_step(partials, scatter, _codec(config, "gather", site, len(partials)))
+    if algorithm == "hierarchical":
+        outer = (_codec(config, leg, site, world) for leg in ("outer scatter", "outer gather"))
+        return _hierarchical(partials, members, scatter, *outer)
+    return _two_step(partials, scatter, _codec(config, "gather", site, world))
 
 
 def reduce_scatter(
@@ -137,14 +152,33 @@ def _one_shot(partials, codec):
 def _two_step(partials, scatter, gather):
     """Which rank reduces which rows makes no difference to them: so there are as few shards as memory allows, with the
     wires of one no larger than a partial sum. Ranks have N of them, and N times N calls of the codec would be slow."""
-    x, workspace = partials[0], Workspace()
-    wires = len(partials) * scatter.wire_nbytes(x.shape)
+    return _by_shards(partials, (scatter, gather), partial(_encoded, codec=scatter))
+
+
+def _hierarchical(partials, nodes, inside, scatter, gather):
+    """As `_two_step`, of each node's sum in place of each rank's values."""
+
+    def between(pieces):
+        shape, workspace = rows_of(pieces[0].shape), Workspace()
+        wires = pieces[0].new_empty((len(nodes.members), scatter.wire_nbytes(shape)), dtype=torch.uint8)
+        for members, wire in zip(nodes.members, wires):
+            own = _encoded([pieces[rank] for rank in members], inside)
+            reduce_shard(own, shape, inside, scatter, wire, workspace)
+        return wires
+
+    return _by_shards(partials, (scatter, gather, inside), between)
+
+
+def _by_shards(partials, codecs, encoded):
+    """codecs: of the wires that `encoded` makes of a shard, of all ranks; of what their sum travels as; and others."""
+    (x, *_), (scatter, gather, *_), workspace = partials, codecs, Workspace()
+    wires = len(partials) * max(codec.wire_nbytes(x.shape) for codec in codecs)
     parts = min(len(partials), max(1, -(-wires // max(1, x.nbytes))))
-    shards = layout.shard(x.shape, (scatter, gather), parts)
+    shards = layout.shard(x.shape, codecs, parts)
     slot = max(shards.wire_nbytes(gather))
     gathered = x.new_empty((parts, slot), dtype=torch.uint8)
     for part in range(parts):
-        wires = _encoded([shards.of(x, part) for x in partials], scatter)
+        wires = encoded([shards.of(x, part) for x in partials])
         reduce_shard(wires, shards.shape(part), scatter, gather, gathered[part], workspace)
     out = torch.empty_like(x)
     decode_shards(gathered, shards, gather, out)

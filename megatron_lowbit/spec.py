@@ -73,6 +73,11 @@ class Leg:
         """Whether this codec needs to know a site's statistics."""
         return self.outliers is not None
 
+    @property
+    def ranged(self) -> bool:
+        """Whether what it needs to know are ranges, those of each rank's values, and not only which are outliers."""
+        return self.name in SELECTIVE
+
     def __str__(self) -> str:
         options = [f"g{self.group}"] if self.group else []
         options += [flag for flag in self.family.flags if getattr(self, flag)]

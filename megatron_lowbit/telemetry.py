@@ -51,8 +51,8 @@ def stats() -> dict[str, dict]:
     """Per site, since the start or `reset_stats()`, on this rank:
 
     calls, values; bytes_sent; bytes_bf16 (what the exact collective would have sent in bf16, an all-reduce as a ring);
-    paths {"one-shot", "two-step", "reduce-scatter", "all-gather", "all-to-all" or "exact": calls}; backends {name:
-    compressed calls}; fallbacks {reason: calls that went exact}.
+    paths {"one-shot", "two-step", "hierarchical", "reduce-scatter", "all-gather", "all-to-all" or "exact": calls};
+    backends {name: compressed calls}; fallbacks {reason: calls that went exact}.
     """
     with _lock:
         return {

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 import megatron_lowbit as lowbit
+from megatron_lowbit.plan_file import Plan
+from tests.calibrations import random_calibration
 
 
 def test_defaults_and_normal_forms():
@@ -21,6 +23,20 @@ def test_defaults_and_normal_forms():
         config.spec = "int8"
 
 
+def test_between_nodes_something_else_may_travel():
+    config = lowbit.CommConfig("int4/int8", "hierarchical", outer_spec="int3")
+    assert config.outer_spec == "int3:g32"
+    legs = ("scatter", "gather", "outer scatter", "outer gather")
+    assert [config.codec(leg, None, 0).spec for leg in legs] == ["int4:g32", "int8:g32", "int3:g32", "int3:g32"]
+    config = lowbit.CommConfig(plan=Plan({"a": "int4/int8", "b": "int5"}, 4), outer_spec=None)
+    assert [config.codec(leg, "a", 0).spec for leg in legs] == ["int4:g32", "int8:g32"] * 2
+    assert lowbit.CommConfig(outer_spec="int3") != lowbit.CommConfig(outer_spec="int2")
+    # selective4 on the spec's second leg: not used where something else travels between nodes
+    calibration = random_calibration(["a"], 4, 128, "1/64")
+    config = lowbit.CommConfig("int4/selective4", "hierarchical", calibration=calibration, outer_spec="int3")
+    assert config.codec("outer gather", "a", 0).spec == "int3:g32"
+
+
 def test_sites_are_glob_patterns():
     config = lowbit.CommConfig(sites=("layers.*.mlp", "layers.0.attention"))
     assert config.selects("layers.11.mlp") and config.selects("layers.0.attention")
@@ -33,7 +49,14 @@ def test_sites_are_glob_patterns():
     [
         ({"spec": "int1"}, "unknown codec 'int1'"),
         ({"algorithm": "ring"}, "unknown algorithm 'ring': use one of auto"),
-        ({"algorithm": "hierarchical"}, "'hierarchical' is not available in this version"),
+        ({"outer_spec": "int1"}, "unknown codec 'int1'"),
+        ({"outer_spec": 3}, "a spec is a string, not int"),
+        ({"outer_spec": "int3", "algorithm": "two-step"}, "algorithm 'two-step' makes no use of outer_spec='int3:g32'"),
+        ({"outer_spec": "int3", "plan": Plan({"a": "int8"}, 4, "one-shot")}, "'one-shot' makes no use of outer_spec"),
+        ({"outer_spec": "selective4"}, "'selective4' cannot travel hierarchically"),
+        ({"spec": "selective4/int4", "algorithm": "hierarchical"}, "'selective4' cannot travel hierarchically"),
+        ({"plan": Plan({"a": "selective4"}, 4), "algorithm": "hierarchical"}, "'selective4' cannot travel"),
+        ({"outer_spec": "int4:outliers=1/64"}, "'int4:g32:outliers=1/64' needs a calibration"),
         ({"min_bytes": -1}, "min_bytes is -1"),
         ({"min_bytes": 1.5}, "min_bytes is 1.5"),
         ({"min_bytes": True}, "min_bytes is True"),

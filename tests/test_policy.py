@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_lowbit.collectives.topology import Nodes
 from megatron_lowbit.config import ALGORITHMS, CommConfig
+from megatron_lowbit.errors import ConfigError
 from megatron_lowbit.evaluation.cases import Case
 from megatron_lowbit.links import LINKS, NEVER, UNKNOWN, named
 from megatron_lowbit.plan_file import Plan
@@ -49,7 +51,42 @@ def test_over_the_whole_input_space():
             if compressed and algorithm == "auto":
                 assert decision.algorithm == ("one-shot" if world == 2 else "two-step")
             elif compressed:
-                assert decision.algorithm == algorithm
+                assert decision.algorithm == ("two-step" if algorithm == "hierarchical" else algorithm)
+
+
+@pytest.mark.parametrize(
+    "names, nested, equal",
+    [("aaaa", False, True), ("abcd", False, True), ("aabb", True, True), ("abab", True, True), ("aaab", False, False),
+     ("ab", False, True), ("aa", False, True), ("aaabbb", True, True), ("aabbc", False, False)],
+)  # fmt: skip
+def test_nodes_in_nodes_are_reduced_hierarchically(names, nested, equal):
+    facts = Facts(len(names), nodes=Nodes.of(names))
+    flat = "one-shot" if len(names) == 2 else "two-step"
+    size, of = 1 << 30, lambda config: choose(config, "s", 1 << 30, facts).algorithm
+    assert of(CommConfig("int4:g32")) == ("hierarchical" if nested else flat)
+    assert of(CommConfig("int4:g32", "two-step")) == "two-step"
+    assert choose(CommConfig("int4:g32", sites="other"), "s", size, facts).algorithm == "exact"
+    assert of(CommConfig("int4:g32", plan=None, outer_spec="int3")) == ("hierarchical" if nested else flat)
+    plan = Plan({"s": "int8"}, tp=len(names), algorithm="two-step")
+    assert of(CommConfig(plan=plan)) == "two-step"
+    if not equal:
+        sizes = {"aaab": "3, 1", "aabbc": "2, 2, 1"}[names]
+        for config in (CommConfig("int4:g32", "hierarchical"), CommConfig(plan=plan, algorithm="hierarchical")):
+            with pytest.raises(ConfigError, match=f"as many ranks each, and these have {sizes}: .*'two-step'"):
+                of(config)
+        return
+    assert of(CommConfig("int4:g32", "hierarchical")) == ("hierarchical" if nested else "two-step")
+    assert of(CommConfig(plan=plan, algorithm="hierarchical")) == ("hierarchical" if nested else "two-step")
+
+
+def test_auto_is_hierarchical_only_if_every_spec_can_travel_so():
+    facts = Facts(4, nodes=Nodes.of("aabb"))
+    calibration = random_calibration(["s", "t"], 4, 128, "1/64")
+    for spec, expected in (("selective4", "two-step"), ("int4:outliers=1/64", "hierarchical")):
+        config = CommConfig(spec, calibration=calibration)
+        assert choose(config, "s", 1 << 30, facts).algorithm == expected
+    plan = Plan({"s": "int8", "t": "selective4"}, tp=4)
+    assert choose(CommConfig(plan=plan, calibration=calibration), "s", 1 << 30, facts).algorithm == "two-step"
 
 
 def test_two_thresholds_and_each_has_its_reason():
@@ -135,6 +172,14 @@ def test_of_a_plan_a_tuned_table_may_choose_its_own_algorithm_or_exact():
         assert [choose(config, "s", nbytes, facts).algorithm for nbytes in (65536, 1 << 20)] == algorithms
         assert choose(config, "t", 1 << 20, facts) == Decision("exact", "exact in the plan")
         assert choose(config, "u", 1 << 20, facts).algorithm == made  # the table lacks it: sizes decide
+
+
+def test_an_outer_spec_was_not_measured():
+    config, facts = CommConfig("int4:g32", outer_spec="int2:g32"), Facts(4, nodes=Nodes.of("aabb"))
+    tuned = replace(facts, tuned=table({4096: "two-step/2"}))
+    for nbytes in (4096, 1 << 20):
+        assert choose(config, "s", nbytes, tuned) == choose(config, "s", nbytes, facts)
+    assert choose(config, "s", 1 << 20, tuned).algorithm == "hierarchical"
 
 
 def test_a_calibration_of_one_leg_may_travel_one_shot_only():

@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from ..config import ALGORITHMS, DEFAULT_SPEC
+from ..config import COMPRESSING, DEFAULT_SPEC
 from . import GATE_FAILED, calibrations, subject, tasks
 from .evaluate_job import check
 
@@ -24,6 +24,8 @@ EXAMPLES = """examples:
       --calibration-text other.txt --progress p.safetensors
   megatron-lowbit evaluate --tp 8 --comm int4:g32 --text held-out.txt \\
       --tasks local_cloze,local_choice --task-limit 500
+  megatron-lowbit evaluate --tp 8 --nodes 2 --comm int4:g32 --comm-outer int3:g32
+      2 nodes of 4 ranks, and fewer bits between the nodes
   megatron-lowbit evaluate --tp 2,8 --comm int8:g128 int4:g32 --report report
       then open report/index.html
 """
@@ -51,8 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         default=["auto"],
-        help=f"one or more of {', '.join(ALGORITHMS[:3])} (default: auto)",
+        help=f"one or more of {', '.join(COMPRESSING)} (default: auto)",
     )
+    comm.add_argument("--nodes", type=int, metavar="K", default=1, help="that the ranks are on, for hierarchical")
+    comm.add_argument("--comm-outer", metavar="SPEC", help="what travels between nodes (default: what --comm says)")
     comm.add_argument("--comm-sites", metavar="GLOB", action="append", help="compress these sites only")
     calibrations.add_arguments(comm)
     tasks.add_arguments(parser)

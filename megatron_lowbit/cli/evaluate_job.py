@@ -9,11 +9,12 @@ from itertools import product
 from pathlib import Path
 
 from ..calibration_file import Calibration
-from ..config import ALGORITHMS, DEFAULT_SPEC, CommConfig
+from ..collectives.topology import Nodes
+from ..config import COMPRESSING, DEFAULT_SPEC, CommConfig
 from ..errors import ConfigError
 from ..evaluation.cases import Case
 from ..plan_file import Plan
-from ..spec import parse
+from ..spec import Spec, parse
 from . import evaluate_page, launch
 from .calibrations import Calibrations
 from .files import check_outputs, check_picture
@@ -22,6 +23,7 @@ from .subject import Subject
 from .tasks import Tasks
 
 TP = 2  # ranks, where none are asked for
+NESTING = ("auto", "hierarchical")  # algorithms that make something of nodes
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Job:
     specs: tuple[str, ...]
     plans: tuple[Plan, ...]
     algorithms: tuple[str, ...]
+    nodes: int
+    outer: str | None
     sites: tuple[str, ...] | None
     calibrations: Calibrations
     tasks: Tasks | None
@@ -49,14 +53,20 @@ class Job:
         """All of them, TP by TP, each once. Raises ConfigError for a spec whose calibration is missing."""
         found = []
         for tp, spec, algorithm in product(self.tps, self.specs, self.algorithms):
-            calibration = calibrations.get(tp) if parse(spec).calibrated else None
-            found.append(Case(CommConfig(spec, algorithm, 0, self.sites, calibration=calibration), tp))
+            outer = self._outer(algorithm)
+            calibration = calibrations.get(tp) if _calibrated(spec, outer) else None
+            config = CommConfig(spec, algorithm, 0, self.sites, calibration=calibration, outer_spec=outer)
+            found.append(Case(config, tp, self.nodes))
         for plan, algorithm in product(self.plans, self.algorithms):
-            calibration = calibrations.get(plan.tp) if _calibrated(plan) else None
             named = plan.algorithm if algorithm == "auto" else algorithm  # plans may differ in nothing else
-            config = CommConfig(None, named, 0, self.sites, calibration=calibration, plan=plan)
-            found.append(Case(config, plan.tp))
+            outer = self._outer(named)
+            calibration = calibrations.get(plan.tp) if _calibrated(*plan.specs, outer) else None
+            config = CommConfig(None, named, 0, self.sites, calibration=calibration, plan=plan, outer_spec=outer)
+            found.append(Case(config, plan.tp, self.nodes))
         return list({case.key: case for case in found}.values())  # "auto" may be what was also named
+
+    def _outer(self, algorithm: str) -> str | None:
+        return self.outer if algorithm in NESTING else None
 
 
 def check(arguments: argparse.Namespace) -> Job:
@@ -64,8 +74,8 @@ def check(arguments: argparse.Namespace) -> Job:
     if (launch.world_size() or 1) > 1:
         raise ConfigError("evaluate simulates all ranks in one process: start it without torchrun")
     for algorithm in arguments.comm_algorithm:
-        if algorithm not in ALGORITHMS or algorithm == EXACT:
-            raise ConfigError(f"--comm-algorithm is {algorithm!r}: use one of {', '.join(ALGORITHMS[:3])}")
+        if algorithm not in COMPRESSING:
+            raise ConfigError(f"--comm-algorithm is {algorithm!r}: use one of {', '.join(COMPRESSING)}")
     plans = tuple(Plan.load(path) for path in arguments.comm_plan or ())
     specs = arguments.comm or ([] if plans else [DEFAULT_SPEC])
     if EXACT in specs:
@@ -78,20 +88,24 @@ def check(arguments: argparse.Namespace) -> Job:
     for plan in plans if arguments.tp else ():
         if plan.tp not in tps:
             raise ConfigError(f"{plan.name} was made for TP {plan.tp}: add that to --tp, or make one for TP {tps[0]}")
+    _check_nodes(arguments, [plan.tp for plan in plans] if plans and not arguments.tp else tps)
     check_outputs(json=arguments.json, plot=arguments.plot, progress=arguments.progress)
     if arguments.baseline and arguments.fail_above is None:
         raise ConfigError("--baseline compares for --fail-above: give that too, such as --fail-above 0.5%")
     check_picture(arguments.plot)
     evaluate_page.check(arguments)
     subject = Subject.check(arguments)
-    needing = {plan.tp: plan.name for plan in plans if _calibrated(plan)}
-    needing |= {tp: spec for tp in tps for spec in specs if parse(spec).calibrated}
+    outer = arguments.comm_outer
+    needing = {plan.tp: plan.name for plan in plans if _calibrated(*plan.specs, outer)}
+    needing |= {tp: spec for tp in tps for spec in specs if _calibrated(spec, outer)}
     return Job(
         subject,
         tuple(tps),
         specs,
         plans,
         tuple(arguments.comm_algorithm),
+        arguments.nodes,
+        outer,
         arguments.comm_sites and tuple(arguments.comm_sites),
         Calibrations.check(arguments, needing),
         Tasks.check(arguments, subject),
@@ -106,6 +120,22 @@ def check(arguments: argparse.Namespace) -> Job:
     )
 
 
-def _calibrated(plan: Plan) -> bool:
-    """Whether some site's spec needs a calibration."""
-    return any(spec.calibrated for spec in plan.specs)
+def _check_nodes(arguments: argparse.Namespace, tps: list[int]) -> None:
+    """Raise ConfigError for nodes that the ranks cannot be on, or that nothing is made of."""
+    asked = [name for name in arguments.comm_algorithm if name in NESTING]
+    if arguments.comm_outer is not None and not (asked and arguments.nodes > 1):
+        raise ConfigError(
+            f"--comm-outer {arguments.comm_outer} is what travels between nodes: give --nodes 2 or more too, and "
+            f"--comm-algorithm {' or '.join(NESTING)}"
+        )
+    for tp in tps:
+        if not Nodes.among(tp, arguments.nodes).nested and "hierarchical" in arguments.comm_algorithm:
+            raise ConfigError(
+                f"--comm-algorithm hierarchical with --tp {tp} and --nodes {arguments.nodes}: give 2 nodes or more, of "
+                "2 ranks or more each"
+            )
+
+
+def _calibrated(*specs: str | Spec | None) -> bool:
+    """Whether one of them needs a calibration."""
+    return any(parse(str(spec)).calibrated for spec in specs if spec is not None)

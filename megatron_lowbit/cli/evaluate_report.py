@@ -33,7 +33,7 @@ def nats(value: float, digits: int) -> str:
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "TP": lambda row: str(row["tp"]),
     "spec": name,
-    "algorithm": lambda row: row["algorithm"],
+    "algorithm": lambda row: row["algorithm"] + (f", {row['nodes']} nodes" if row.get("nodes") else ""),
     "bits": lambda row: f"{row['bits_per_value']:.2f}",
     "saved": lambda row: f"{1 - 1 / saving(row):.0%}",
     "perplexity": lambda row: f"{row['perplexity']:.2f}",
@@ -64,6 +64,7 @@ def rows(found: Mapping[Case, Sequence[Tokens]], features: Mapping[str, int]) ->
             "sites": case.config.sites,
             "plan": case.config.planned and case.config.planned.name,
             "plan_digest": case.config.plan_digest,
+            **case.hierarchy,
             "bits_per_value": case.bits_per_value(features),
             "bytes_per_token": case.bytes_per_token(features),
             "bytes_per_token_bf16": sum(features.values()) * 2 * 2 * (case.tp - 1) / case.tp,

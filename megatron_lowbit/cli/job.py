@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--comm-algorithm", metavar="NAME", default="auto", help=f"one of {', '.join(ALGORITHMS)} (default: auto)"
     )
     comm.add_argument(
+        "--comm-outer", metavar="SPEC", help="what travels between nodes in hierarchical (default: what --comm says)"
+    )
+    comm.add_argument(
         "--comm-min-bytes",
         type=int,
         metavar="N",
@@ -126,10 +129,11 @@ def check(arguments: argparse.Namespace) -> Job:
     sites = arguments.comm_sites and tuple(arguments.comm_sites)
     spec = None if arguments.comm == EXACT else arguments.comm
     files = {"calibration": arguments.comm_calibration, "plan": arguments.comm_plan}
-    for name, file in files.items():
-        if arguments.comm == EXACT and file:
-            raise ConfigError(f"--comm {EXACT} makes no use of --comm-{name} {file}: leave it out")
-    config = CommConfig(spec, arguments.comm_algorithm, arguments.comm_min_bytes, sites, **files)
+    for name, value in {**files, "outer": arguments.comm_outer}.items():
+        if arguments.comm == EXACT and value:
+            raise ConfigError(f"--comm {EXACT} makes no use of --comm-{name} {value}: leave it out")
+    more = files | {"outer_spec": arguments.comm_outer}
+    config = CommConfig(spec, arguments.comm_algorithm, arguments.comm_min_bytes, sites, **more)
     if config.algorithm == EXACT and arguments.comm != EXACT:
         raise ConfigError(f"--comm-algorithm {EXACT} compresses nothing: give --comm {EXACT} if that is meant")
     if arguments.comm == EXACT:

@@ -29,6 +29,7 @@ def rows(found: Mapping[str, Mapping[Case | None, Found]]) -> list[dict]:
             "sites": case.config.sites,
             "plan": case.config.planned and case.config.planned.name,
             "plan_digest": case.config.plan_digest,
+            **case.hierarchy,
             **compared(exact, runs[case][task][metric]),
         }
         for runs in found.values()

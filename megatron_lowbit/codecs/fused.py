@@ -68,6 +68,24 @@ def reduce_encode(
     target.encode_rows(total, out)
 
 
+def reduce_encode_shards(
+    source: Codec,
+    wires: torch.Tensor,
+    target: Codec,
+    bounds: Sequence[int],
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+) -> None:
+    """As `reduce_encode`, to the wires of the sum's shards, one behind the other as `encode_shards` makes them.
+
+    scratch: fp32 of the tensors' shape.
+    """
+    if source.transform == target.transform:
+        source, target = source.inner, target.inner
+    source.reduce_rows(wires, scratch)
+    encode_shards(target, scratch, bounds, out)
+
+
 def reduce_add_rmsnorm(
     codec: Codec,
     wires: torch.Tensor,

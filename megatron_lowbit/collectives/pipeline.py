@@ -4,17 +4,20 @@ A chunk is some rows of every shard, with a wire of its own. As no quantization 
 that of the ranks, where a message is cut changes nothing. Chunks go from rank to rank directly (isend, irecv): each
 pair's bytes cross the link once, with no collective waiting for the slowest pair.
 
-    step      0         1         2         3         4
-    scatter   encode 0  encode 1  encode 2  …                    sent at once
-    reduce                        sum 0     sum 1     …          AHEAD steps later: by then it is there
-    gather                                            decode 0   as much later
+    main thread   encode 0  encode 1  encode 2 …  sum 0  sum 1  sum 2 …  decode 0  decode 1 …
+    network                 scatter 0  scatter 1  scatter 2 …  gather 0  gather 1 …
+
+All receives are posted before anything is sent: a sender of gloo waits for word that its receiver is ready, and that
+word would stand in line behind the data that goes the same way. Each stage takes all chunks before the next begins, so
+nothing waits for the network while there is something to send. The first chunk and the last are half as large: the
+network idles while the first is encoded, and the processor until the last has come.
 
 Hazard: buffers of the workspace are in use until the last transfer ended, so every transfer is waited for, also sends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,21 +28,23 @@ from ..codecs.base import Codec
 from .exchange import Workspace, guarded
 from .layout import Shards, shard
 
-AHEAD = 2  # chunks on their way while an earlier one is waited for
-TAG = 0x10B17  # of our messages in a group, so that they are not taken for its user's
+SCATTER, GATHER = 0x10B17, 0x10B18  # tags of our messages in a group, so that they are not taken for its user's
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Rows of each shard in `count` parts, the same number for all shards; some may be empty."""
+    """Rows of each shard in `count` parts: the first and the last half as large as the others, some maybe empty."""
 
     shards: Shards
     count: int
 
     def rows(self, rank: int, chunk: int) -> slice:
         start, stop = self.shards.bounds[rank], self.shards.bounds[rank + 1]
-        cut = [start + (stop - start) * index // self.count for index in (chunk, chunk + 1)]
-        return slice(*cut)
+        if self.count == 1:
+            return slice(start, stop)
+        whole = 2 * self.count - 2  # in halves of a chunk; the first and the last have one
+        cut = [min(max(2 * index - 1, 0), whole) for index in (chunk, chunk + 1)]
+        return slice(*(start + (stop - start) * halves // whole for halves in cut))
 
     def shape(self, rank: int, chunk: int) -> tuple[int, int]:
         rows = self.rows(rank, chunk)
@@ -50,123 +55,125 @@ class Chunks:
         return [codec.wire_nbytes(self.shape(rank, chunk)) for chunk in range(self.count)]
 
 
-class Transfers:
-    """Sends and receives of this rank that have not been waited for.
+class Exchange:
+    """What this rank sends to others and receives from them at once. Wires are uint8, contiguous, maybe empty."""
 
-    Hazard: each is a call of its own, as gloo takes them. NCCL would want those of a step in one batch.
-    """
+    def __init__(self, receives: dict[int, torch.Tensor], group: dist.ProcessGroup, tag: int) -> None:
+        """receives: rank -> where its wire is to be written."""
+        self.group, self.tag, self._receives, self._works = group, tag, _filled(receives), []
+        self._together = in_batches(group)
+        if not self._together:
+            with guarded(group):
+                self._works = [
+                    dist.irecv(w, group=group, group_src=rank, tag=tag) for rank, w in self._receives.items()
+                ]
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.sent, self._sends = group, 0, []
-
-    def start(self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]) -> list[dist.Work]:
-        """rank -> uint8, maybe empty, contiguous. Returns the receives, to be waited for."""
-        self.sent += sum(wire.numel() for wire in sends.values())
+    def send(self, sends: dict[int, torch.Tensor]) -> list[dist.Work]:
+        """rank -> its wire. Returns what must be waited for before these are written to again."""
         with guarded(self.group):
-            works = [
-                dist.irecv(wire, group=self.group, group_src=rank, tag=TAG)
-                for rank, wire in receives.items()
-                if wire.numel()
+            if not self._together:
+                return [
+                    dist.isend(w, group=self.group, group_dst=rank, tag=self.tag) for rank, w in _filled(sends).items()
+                ]
+            pairs = [(dist.isend, sends), (dist.irecv, self._receives)]
+            steps = [
+                dist.P2POp(way, wire, group=self.group, group_peer=rank)
+                for way, wires in pairs
+                for rank, wire in _filled(wires).items()
             ]
-            self._sends += [
-                dist.isend(wire, group=self.group, group_dst=rank, tag=TAG)
-                for rank, wire in sends.items()
-                if wire.numel()
-            ]
-        return works
+            self._works = dist.batch_isend_irecv(steps) if steps else []
+        return []
 
-    def wait(self, works: Sequence[dist.Work]) -> None:
-        with guarded(self.group):
-            for work in works:
-                work.wait()
+    def wait(self) -> None:
+        """For all that is received; in a batch for what is sent, too."""
+        wait(self._works, self.group)
 
-    def finish(self) -> None:
-        self.wait(self._sends)
-        self._sends.clear()
+
+def in_batches(group: dist.ProcessGroup) -> bool:
+    """NCCL has no tags and matches transfers by their order: those of an exchange must be one batch."""
+    return dist.get_backend(group) == "nccl"
+
+
+def wait(works: Sequence[dist.Work], group: dist.ProcessGroup) -> None:
+    with guarded(group):
+        for work in works:
+            work.wait()
 
 
 def one_shot(
     x: torch.Tensor, codec: Codec, count: int, group: dist.ProcessGroup, workspace: Workspace
 ) -> tuple[torch.Tensor, int]:
     """x contiguous, not empty -> (its sum over the group, bytes sent)."""
-    world, me, transfers = dist.get_world_size(group), dist.get_rank(group), Transfers(group)
-    chunks = Chunks(shard(x.shape, (codec,), 1), count)
-    out = torch.empty_like(x)
+    world, me = dist.get_world_size(group), dist.get_rank(group)
+    chunks, out, others = Chunks(shard(x.shape, (codec,), 1), count), torch.empty_like(x), _others(me, world)
     source, target = chunks.shards.of_all(x), chunks.shards.of_all(out)
     sizes = chunks.nbytes(codec, 0)
-    wires = workspace.bytes("receive", world * sum(sizes), x.device).split([world * size for size in sizes])
-    works = {}
-
-    def scatter(chunk: int) -> None:
+    received = [
+        wires.view(world, size)
+        for wires, size in zip(_split(workspace, "receive", [world * size for size in sizes], x.device), sizes)
+    ]
+    exchanges = [Exchange({rank: wires[rank] for rank in others}, group, SCATTER) for wires in received]
+    sending = []
+    for chunk, wires in enumerate(received):
         if sizes[chunk]:
-            received = wires[chunk].view(world, -1)
-            codec.encode_rows(source[chunks.rows(0, chunk)], received[me])
-            others = {rank: received[rank] for rank in _others(me, world)}
-            works[chunk] = transfers.start(dict.fromkeys(others, received[me]), others)
-
-    def reduce(chunk: int) -> None:
+            codec.encode_rows(source[chunks.rows(0, chunk)], wires[me])
+        sending += exchanges[chunk].send(dict.fromkeys(others, wires[me]))
+    for chunk, wires in enumerate(received):
+        exchanges[chunk].wait()
         if sizes[chunk]:
-            transfers.wait(works.pop(chunk))
-            codec.reduce_rows(wires[chunk].view(world, -1), target[chunks.rows(0, chunk)])
-
-    _run(count, (scatter, reduce))
-    transfers.finish()
-    return out, transfers.sent
+            codec.reduce_rows(wires, target[chunks.rows(0, chunk)])
+    wait(sending, group)
+    return out, len(others) * sum(sizes)
 
 
 def two_step(
     x: torch.Tensor, scatter: Codec, gather: Codec, count: int, group: dist.ProcessGroup, workspace: Workspace
 ) -> tuple[torch.Tensor, int]:
     """As `one_shot`, with one codec per hop."""
-    world, me, transfers = dist.get_world_size(group), dist.get_rank(group), Transfers(group)
+    world, me = dist.get_world_size(group), dist.get_rank(group)
     chunks, out = Chunks(shard(x.shape, (scatter, gather), world), count), torch.empty_like(x)
     source, target = chunks.shards.of_all(x), chunks.shards.of_all(out)
     everyone, others = range(world), _others(me, world)
     sent = {rank: _split(workspace, f"send {rank}", chunks.nbytes(scatter, rank), x.device) for rank in others}
     own = chunks.nbytes(scatter, me)
-    received = workspace.bytes("receive", world * sum(own), x.device).split([world * size for size in own])
+    received = [
+        wires.view(world, size)
+        for wires, size in zip(_split(workspace, "receive", [world * size for size in own], x.device), own)
+    ]
     summed = {rank: _split(workspace, f"sum {rank}", chunks.nbytes(gather, rank), x.device) for rank in everyone}
-    works = {}
-
-    def start(chunk: int) -> None:
-        wires = received[chunk].view(world, own[chunk])
+    scatters = [Exchange({rank: wires[rank] for rank in others}, group, SCATTER) for wires in received]
+    gathers = [Exchange({rank: summed[rank][chunk] for rank in others}, group, GATHER) for chunk in range(count)]
+    sending = []
+    for chunk, wires in enumerate(received):
         sends = {rank: sent[rank][chunk] for rank in others}
-        for rank, wire in (sends | {me: wires[me]}).items():
-            if wire.numel():
-                scatter.encode_rows(source[chunks.rows(rank, chunk)], wire)
-        works["scatter", chunk] = transfers.start(sends, {rank: wires[rank] for rank in others})
-
-    def reduce(chunk: int) -> None:
-        transfers.wait(works.pop(("scatter", chunk)))
-        wires, wire, shape = received[chunk].view(world, own[chunk]), summed[me][chunk], chunks.shape(me, chunk)
-        if wire.numel():
-            scratch = lambda: workspace.floats("sum", shape, x.device)  # noqa: E731
+        for rank, wire in _filled(sends | {me: wires[me]}).items():
+            scatter.encode_rows(source[chunks.rows(rank, chunk)], wire)
+        sending += scatters[chunk].send(sends)
+    for chunk, wires in enumerate(received):
+        scatters[chunk].wait()
+        if (wire := summed[me][chunk]).numel():
+            shape = chunks.shape(me, chunk)
+            scratch = lambda: workspace.floats("sum", shape, x.device)  # noqa: B023, E731
             fused.reduce_encode(scatter, wires, gather, shape, wire, scratch)
-        receives = {rank: summed[rank][chunk] for rank in others}
-        works["gather", chunk] = transfers.start(dict.fromkeys(others, wire), receives)
-
-    def decode(chunk: int) -> None:
-        transfers.wait(works.pop(("gather", chunk)))
-        for rank in everyone:
-            if (wire := summed[rank][chunk]).numel():
-                gather.sent_by(rank).reduce_rows(wire.view(1, -1), target[chunks.rows(rank, chunk)])
-
-    _run(count, (start, reduce, decode))
-    transfers.finish()
-    return out, transfers.sent
-
-
-def _run(count: int, stages: Sequence[Callable[[int], None]]) -> None:
-    """Each stage of each chunk, AHEAD chunks behind the stage before."""
-    for step in range(count + AHEAD * (len(stages) - 1)):
-        for number, stage in enumerate(stages):
-            if 0 <= (chunk := step - AHEAD * number) < count:
-                stage(chunk)
+        sending += gathers[chunk].send(dict.fromkeys(others, wire))
+    for chunk in range(count):
+        gathers[chunk].wait()
+        for rank, wire in _filled({rank: summed[rank][chunk] for rank in everyone}).items():
+            gather.sent_by(rank).reduce_rows(wire.view(1, -1), target[chunks.rows(rank, chunk)])
+    wait(sending, group)
+    bytes_sent = sum(sum(chunks.nbytes(scatter, rank)) for rank in others) + len(others) * sum(
+        chunks.nbytes(gather, me)
+    )
+    return out, bytes_sent
 
 
 def _others(me: int, world: int) -> list[int]:
     """The next rank first: so no rank is everyone's first."""
     return [(me + distance) % world for distance in range(1, world)]
+
+
+def _filled(wires: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    return {rank: wire for rank, wire in wires.items() if wire.numel()}
 
 
 def _split(workspace: Workspace, name: str, sizes: list[int], device: torch.device) -> Sequence[torch.Tensor]:

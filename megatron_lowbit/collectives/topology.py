@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Nodes:
@@ -16,11 +18,32 @@ class Nodes:
     members: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> Nodes:
+    def of(cls, names: Sequence[object]) -> Nodes:
         """names: of each rank's node."""
         return cls(
             tuple(tuple(rank for rank, name in enumerate(names) if name == node) for node in dict.fromkeys(names))
         )
+
+    @classmethod
+    def among(cls, world: int, nodes: int | Sequence[object]) -> Nodes:
+        """nodes: how many equal ones `world` ranks are in, the first ranks in the first; or the name of each rank's.
+
+        Raises ConfigError.
+        """
+        if type(nodes) is int:
+            if nodes < 1 or world % nodes:
+                raise ConfigError(f"nodes is {nodes}, and {world} ranks cannot be on so many equally: give a divisor")
+            nodes = [rank * nodes // world for rank in range(world)]
+        if not isinstance(nodes, Sequence) or len(nodes) != world:
+            raise ConfigError(
+                f"nodes is {nodes!r}: give the number of nodes, or for each of the {world} ranks the name of its node"
+            )
+        return cls.of(nodes)
+
+    @property
+    def sizes(self) -> str:
+        """For messages."""
+        return ", ".join(str(len(node)) for node in self.members)
 
     @property
     def equal(self) -> bool:
@@ -34,8 +57,13 @@ class Nodes:
 
 
 def node_name() -> str:
-    """Of the node this process runs on, unlike any other's. Containers with a network of their own are nodes too."""
-    return os.environ.get("LOWBIT_NODE") or f"{_host()} {_network()}"
+    """Of the node this process runs on, unlike any other's."""
+    return os.environ.get("LOWBIT_NODE") or host_name()
+
+
+def host_name() -> str:
+    """Of the host and the network this process uses: containers with a network of their own are hosts too."""
+    return f"{_host()} {_network()}"
 
 
 def _host() -> str:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from .. import policy
 from ..codecs import make
+from ..collectives.topology import Nodes
 from ..config import CommConfig
 from ..errors import ConfigError
 
@@ -20,6 +21,7 @@ class Case:
 
     config: CommConfig
     tp: int
+    nodes: int = 1  # equal ones, for "hierarchical"
 
     def __post_init__(self) -> None:
         if self.tp < 2:
@@ -29,21 +31,28 @@ class Case:
                 statistics.check(tp=self.tp)
         if self.config.min_bytes != 0:
             raise ConfigError(f"min_bytes is {self.config.min_bytes}: give 0, so that every message is compressed")
+        Nodes.among(self.tp, self.nodes)
 
     @cached_property
     def algorithm(self) -> str:
-        """What "auto" comes to: "one-shot" or "two-step", with a plan the one that it was made for."""
-        return policy.resolved(policy.wanted(self.config), self.tp)
+        """What "auto" comes to: "one-shot", "two-step" or "hierarchical", with a plan the one that it was made for."""
+        return policy.algorithm(self.config, self.tp, Nodes.among(self.tp, self.nodes))
+
+    @property
+    def hierarchy(self) -> dict[str, int | str | None]:
+        """What else makes a row of results this case: None, unless it is hierarchical."""
+        nested = self.algorithm == "hierarchical"
+        return {"nodes": self.nodes if nested else None, "outer_spec": self.config.outer_spec if nested else None}
 
     @cached_property
     def key(self) -> str:
         """What makes results of this case: equal for equal cases, also of another process."""
         config = self.config
         parts = [config.spec, self.tp, self.algorithm, config.sites, config.calibration_digest, config.plan_digest]
-        return json.dumps(parts)
+        return json.dumps(parts + [value for value in self.hierarchy.values() if value is not None])
 
     def bits_per_value(self, features: dict[str, int]) -> float:
-        """Bits that a value costs, averaged over both hops of two-step and over all sites by their features.
+        """Bits that a value costs, averaged over all hops and over all sites by their features.
 
         features: of each site. Scales, zeros, outliers and padding are counted; what stays exact as 16 bits.
         """
@@ -60,7 +69,15 @@ class Case:
             return 16.0
         legs, shape = self.config.legs_at(site), (TOKENS, features)
         scatter = make(legs.scatter).bits_per_value(shape)
-        return scatter if self.algorithm == "one-shot" else (scatter + make(legs.gather).bits_per_value(shape)) / 2
+        if self.algorithm == "one-shot":
+            return scatter
+        if self.algorithm == "two-step":
+            return (scatter + make(legs.gather).bits_per_value(shape)) / 2
+        outer = self.config.outer_at(site)
+        back, forth = (make(leg).bits_per_value(shape) for leg in (outer.gather, outer.scatter))
+        inside = 1 - self.nodes / self.tp  # of a message, that a rank sends within its node, each way
+        between = (self.nodes - 1) / self.tp
+        return (inside * scatter + between * forth + (inside + between) * back) / (2 * (inside + between))
 
     def hops(self, site: str) -> float:
         """How often a rank sends a whole message's bytes: N - 1 times in one-shot, else 2 (N - 1) / N times."""

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..plan_file import differing
 
 SAME = ("spec", "tp", "algorithm", "sites", "plan_digest")  # what makes a row the same case
+NESTED = ("nodes", "outer_spec")  # and these, which older files lack
 TEXT = ("text_sha256", "tokens_sha256", "window_length", "stride")  # of another text, perplexities cannot be compared
 
 
@@ -42,7 +43,9 @@ class Gate:
             found = json.loads(path.read_text(encoding="utf-8"))
             rows, tensors = found["rows"], dict(found["tensors"])
             baseline = tuple(
-                {name: row[name] for name in (*SAME, "tokens")} | {"perplexity": float(row["perplexity"])}
+                {name: row[name] for name in (*SAME, "tokens")}
+                | {name: row.get(name) for name in NESTED}
+                | {"perplexity": float(row["perplexity"])}
                 for row in rows
             )
             text = {name: found[name] for name in TEXT}
@@ -86,4 +89,5 @@ class Gate:
 
 
 def _case(row: Mapping[str, Any]) -> list[Any]:
-    return [list(row[name]) if isinstance(row[name], tuple) else row[name] for name in SAME]  # as JSON has it
+    values = [row.get(name) for name in (*SAME, *NESTED)]
+    return [list(value) if isinstance(value, tuple) else value for value in values]  # as JSON has it

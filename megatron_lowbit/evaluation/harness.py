@@ -182,7 +182,7 @@ def _lm_class() -> type:
 
 def _reduce(case: Case, broken: list[str]) -> Callable:
     def reduce(site: str, partials: list[torch.Tensor]) -> torch.Tensor:
-        total = simulate.reduced(partials, case.config, site)
+        total = simulate.reduced(partials, case.config, site, case.nodes)
         if not broken and not total.isfinite().all():
             broken.append(site)
         return total

@@ -25,7 +25,7 @@ INK, FAINT, PAPER = "#1B1F24", "#8A9099", "#FEFEFE"
 LEAST = 1e-6  # nats; what rounds to no divergence at all is drawn here, as the scale has no zero
 NAMED = 8  # cases
 STRAIGHT = 0.1  # %; up to this loss the scale is linear, beyond logarithmic: int2 and int8 fit into one picture
-LOOKS = {"one-shot": ("o", "--"), "two-step": ("s", "-")}  # marker, frontier
+LOOKS = {"one-shot": ("o", "--"), "two-step": ("s", "-"), "hierarchical": ("^", ":")}  # marker, frontier
 METRICS = {"loss": "perplexity above exact, %", "kl_mean": "KL divergence, nats"}
 
 Row = Mapping[str, Any]

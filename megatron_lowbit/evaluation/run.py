@@ -68,7 +68,7 @@ def predictions(model: torch.nn.Module, window: Window) -> torch.Tensor:
 
 
 def _reduce(case: Case):
-    return lambda site, partials: simulate.reduced(partials, case.config, site)
+    return lambda site, partials: simulate.reduced(partials, case.config, site, case.nodes)
 
 
 def _began(model: torch.nn.Module, window: Window, tp: int, reduce: Reduce) -> str:

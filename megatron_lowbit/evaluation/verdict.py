@@ -19,8 +19,9 @@ Row = Mapping[str, Any]
 
 
 def name(row: Row) -> str:
-    """What a case is called: its plan's file, or its spec."""
-    return row["plan"] or row["spec"]
+    """What a case is called: its plan's file, or its spec, and what travels between nodes, if that is another."""
+    between = f", {row['outer_spec']} between nodes" if row.get("outer_spec") else ""
+    return f"{row['plan'] or row['spec']}{between}"
 
 
 def judged(row: Row) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..collectives.topology import Nodes
 from ..config import ALGORITHMS
 from ..tuned_table import EXACT, Candidate
 
@@ -11,10 +10,11 @@ SIZES = (16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB)  # byt
 CHUNKS = (4 * MIB, MIB)  # bytes of the message that travel at once, beside all of it
 
 
-def candidates(nodes: Nodes, device: str, nbytes: int) -> tuple[Candidate, ...]:
-    """Exact first, then each algorithm that these nodes allow, in chunks of several sizes where chunks can overlap."""
+def candidates(nested: bool, device: str, nbytes: int) -> tuple[Candidate, ...]:
+    """Exact first, then each algorithm, in chunks of several sizes where chunks can overlap. nested: whether the nodes
+    and the spec allow for a hierarchical one."""
     counts = dict.fromkeys((1, *(max(1, round(nbytes / size)) for size in CHUNKS))) if device == "cpu" else (0,)
     algorithms = [name for name in ALGORITHMS if name not in ("auto", EXACT)]
-    if not nodes.nested:
+    if not nested:
         algorithms = [name for name in algorithms if name != "hierarchical"]
     return (Candidate(EXACT), *(Candidate(name, count) for name in algorithms for count in counts))

@@ -106,7 +106,7 @@ class Tuner:
 
     def _row(self, text: str, dtype: str, nbytes: int, calibration: Calibration | None, deadline: float) -> Row | None:
         facts = self._comm.facts
-        ways = candidates(facts.nodes, facts.device, nbytes)
+        ways = candidates(facts.nodes.nested and self._comm.config.nests, facts.device, nbytes)
         message = self._message(TORCH[dtype], nbytes)
         failed = self._failed(ways[1:], message, text, calibration, deadline)
         exact, x = Candidate(EXACT), message.x

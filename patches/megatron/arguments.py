@@ -27,6 +27,7 @@ FLAG = "--lowbit-comm"
 OPTIONS = {  # flag: keywords of add_argument; each takes one value, on which cli/run.py relies
     FLAG: {"metavar": "SPEC", "help": f"what partial sums travel as, such as int4:g32/int8:g128, or '{EXACT}'"},
     f"{FLAG}-algorithm": {"metavar": "NAME", "help": f"one of {', '.join(ALGORITHMS)} (default: auto)"},
+    f"{FLAG}-outer": {"metavar": "SPEC", "help": f"what travels between nodes in hierarchical (default: as {FLAG})"},
     f"{FLAG}-min-bytes": {
         "metavar": "N",
         "type": int,
@@ -75,12 +76,13 @@ def config_from_args(args: argparse.Namespace) -> CommConfig | None:
         if idle := [flag for flag, value in given.items() if value is not None]:
             raise ConfigError(f"{idle[0]} does nothing without {FLAG}: give {FLAG} SPEC too, such as int4:g32")
         return None
-    spec, algorithm, min_bytes, sites, calibration, plan = given.values()
+    spec, algorithm, outer, min_bytes, sites, calibration, plan = given.values()
     if spec == EXACT:
-        if algorithm not in (None, EXACT):
-            raise ConfigError(f"{FLAG} {EXACT} and {FLAG}-algorithm {algorithm} exclude each other: leave one out")
+        for name, value in (("algorithm", None if algorithm == EXACT else algorithm), ("outer", outer)):
+            if value is not None:
+                raise ConfigError(f"{FLAG} {EXACT} and {FLAG}-{name} {value} exclude each other: leave one out")
         return CommConfig(algorithm=EXACT, min_bytes=min_bytes, sites=sites, calibration=calibration, plan=plan)
-    return CommConfig(spec, algorithm or "auto", min_bytes, sites, calibration, plan)
+    return CommConfig(spec, algorithm or "auto", min_bytes, sites, calibration, plan, outer)
 
 
 def enable_from_args(args: argparse.Namespace) -> Handle | None:

@@ -249,6 +249,24 @@ def test_an_encoder_decoder_continues_what_it_reads(tmp_path):
     assert 0 < json.loads(path.read_text())["rows"][1]["kl_mean"] != bad["kl_mean"]
 
 
+def test_ranks_on_two_nodes(tmp_path, capsys):
+    """Against the model itself, its sums reduced by the simulation."""
+    path = tmp_path / "result.json"
+    argv = ["--tp", "4", "--nodes", "2", "--comm", "int8:g128", "--comm-outer", "int2:g32:sym", "--json", str(path)]
+    argv += ["--comm-algorithm", "hierarchical", "two-step", "auto"]
+    assert evaluate(*argv) == 0
+    nested, flat = json.loads(path.read_text())["rows"]  # "auto" is the first
+    assert nested["algorithm"] == "hierarchical" and (nested["nodes"], nested["outer_spec"]) == (2, "int2:g32:sym")
+    assert flat["algorithm"] == "two-step" and (flat["nodes"], flat["outer_spec"]) == (None, None)
+    assert nested["kl_mean"] > 20 * flat["kl_mean"] > 0
+    # A third of what a rank sends is scattered inside at 8 bits, the other two thirds are of 2.
+    assert nested["bits_per_value"] == pytest.approx((8.125 + 2 * 2.5) / 3, rel=0.05)
+    assert "hierarchical, 2 nodes" in " ".join(capsys.readouterr().out.split())
+    baseline = ["--baseline", str(path), "--fail-above", "1%"]
+    assert evaluate(*argv[:4], "--comm", "int8:g128", "--comm-algorithm", "hierarchical", *baseline) == 2
+    assert "the baseline lacks int8:g128 at TP 4" in capsys.readouterr().err
+
+
 def written(content: bytes):
     def make(folder):
         (folder / "bad").write_bytes(content)
@@ -311,6 +329,14 @@ BAD = {
         (["--comm", "exact"], "compared with anyway"),
         (["--comm", "selective4"], "needs a calibration at TP 2"),
         (["--comm-algorithm", "ring"], "'ring'"),
+        (
+            ["--comm-algorithm", "hierarchical"],
+            "hierarchical with --tp 2 and --nodes 1: give 2 nodes or more, of 2 ranks",
+        ),
+        (["--nodes", "3", "--tp", "4"], "nodes is 3, and 4 ranks cannot be on so many equally"),
+        (["--comm-outer", "int3"], "--comm-outer int3 is what travels between nodes: give --nodes 2 or more"),
+        (["--comm-outer", "int3", "--tp", "4", "--nodes", "2", "--comm-algorithm", "two-step"], "--comm-outer int3 is"),
+        (["--comm-outer", "int1", "--tp", "4", "--nodes", "2"], "unknown codec 'int1'"),
         (["--windows", "9999"], "and 9999 windows of 64 need"),
         (["--window-length", "9999"], "give at most 512"),
         (["--stride", "65"], "the stride is 65"),

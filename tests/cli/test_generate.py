@@ -279,7 +279,10 @@ BERT = '{"model_type": "bert"}'
         (["--comm", "exact", "--comm-calibration", __file__], "--comm exact makes no use of --comm-calibration"),
         (["--comm", "selective4", "--comm-calibration", __file__], "cannot be read"),
         (["--comm", "int4:g48"], "group size 'g48'"),
-        (["--comm-algorithm", "ring"], "unknown algorithm 'ring': use one of auto, one-shot, two-step, exact"),
+        (
+            ["--comm-algorithm", "ring"],
+            "unknown algorithm 'ring': use one of auto, one-shot, two-step, hierarchical, exact",
+        ),
         (["--comm-min-bytes", "-1"], "min_bytes is -1"),
         (["--comm", "exact", "--compare"], "compares exact with exact"),
         (["--engine", "vllm"], "unknown engine 'vllm': use one of megatron, deepspeed, transformers"),
@@ -318,6 +321,8 @@ BERT = '{"model_type": "bert"}'
         (["--top-k", "100000"], "below the vocabulary size"),
         (["--comm-algorithm", "exact"], "compresses nothing: give --comm exact"),
         (["--comm", "exact", "--comm-min-bytes", "-7"], "min_bytes is -7"),
+        (["--comm", "exact", "--comm-outer", "int3"], "--comm exact makes no use of --comm-outer int3: leave it out"),
+        (["--comm-outer", "int3", "--comm-algorithm", "two-step"], "'two-step' makes no use of outer_spec='int3:g32'"),
     ],
 )
 def test_bad_input_is_one_line_with_the_remedy(arguments, message, capsys, tmp_path):

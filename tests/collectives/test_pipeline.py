@@ -60,6 +60,25 @@ def test_any_number_of_chunks_gives_the_bits_of_the_simulation(world):
         assert 0 < nbytes <= in_one_go  # all-gather wants one length of all ranks, transfers do not
 
 
+def _in_batches(rank, world):
+    import torch.distributed as dist
+
+    pipeline.in_batches = lambda group: True  # as on NCCL; in this rank's process only
+    x, codec, calls, batch = partial(rank, (40, 256)), lowbit.codec("int4:g32"), [], dist.batch_isend_irecv
+    dist.batch_isend_irecv = lambda steps: calls.append(len(steps)) or batch(steps)
+    one, _ = pipeline.one_shot(x, codec, 3, dist.group.WORLD, Workspace())
+    two, _ = pipeline.two_step(x, codec, codec, 3, dist.group.WORLD, Workspace())
+    return {"one-shot": one, "two-step": two, "calls": calls}
+
+
+def test_transfers_in_batches_as_nccl_needs_them_give_the_same_bits():
+    partials = [partial(rank, (40, 256)) for rank in range(3)]
+    for rank in run_ranks(3, _in_batches):
+        assert rank["calls"] == [4] * 9  # two sends and two receives: three chunks once, and twice three
+        for algorithm in ("one-shot", "two-step"):
+            assert torch.equal(rank[algorithm], lowbit.simulate.all_reduce(partials, "int4:g32", algorithm))
+
+
 def _large(rank, world):
     lowbit.reset_stats()
     x = partial(rank, (1100, 8192))
@@ -81,6 +100,12 @@ def test_chunks_cover_every_shard_once():
         chunks = pipeline.Chunks(shards, count)
         taken = [row for rank in range(world) for chunk in range(count) for row in _range(chunks.rows(rank, chunk))]
         assert taken == list(range(shards.rows))
+
+
+def test_the_first_chunk_and_the_last_are_half_as_large():
+    chunks = pipeline.Chunks(shard((120, 96), (lowbit.codec("int4:g32"),), 1), 4)
+    rows = [chunks.shape(0, chunk)[0] * chunks.shards.features for chunk in range(4)]
+    assert rows == [20 * 96, 40 * 96, 40 * 96, 20 * 96]
 
 
 def _range(rows: slice) -> range:

@@ -1,5 +1,7 @@
 """What a case is said to send is what ranks send."""
 
+import os
+
 import pytest
 import torch
 
@@ -40,6 +42,38 @@ def test_bytes_are_those_that_ranks_count(world):
         case = Case(config(spec, algorithm, world), world)
         assert case.algorithm == algorithm
         assert case.bytes_per_token(FEATURES) == pytest.approx(own, rel=0.01), (spec, algorithm)
+
+
+def sent_between_nodes(rank: int, world: int) -> list[float]:
+    os.environ["LOWBIT_NODE"] = str(rank * 2 // world)
+    found = []
+    for outer in (None, "int3:g32/int6:g32"):
+        lowbit.reset_stats()
+        communicator = Communicator(None, lowbit.CommConfig("int4:g32/int8:g128", "auto", 0, outer_spec=outer))
+        for site, features in FEATURES.items():
+            communicator.all_reduce(torch.randn(TOKENS, features, dtype=torch.bfloat16), site)
+        found.append(sum(site["bytes_sent"] for site in lowbit.stats().values()) / TOKENS)
+    return found
+
+
+@pytest.mark.parametrize("world", [4, 6])
+def test_bytes_of_ranks_on_two_nodes(world):
+    [counted, *_] = run_ranks(world, sent_between_nodes)
+    for outer, own in zip((None, "int3:g32/int6:g32"), counted, strict=True):
+        case = Case(lowbit.CommConfig("int4:g32/int8:g128", "auto", 0, outer_spec=outer), world, nodes=2)
+        assert case.algorithm == "hierarchical" and case.hierarchy == {"nodes": 2, "outer_spec": outer}
+        assert case.bytes_per_token(FEATURES) == pytest.approx(own, rel=0.01)
+
+
+def test_nodes_make_a_case_only_if_it_is_hierarchical():
+    config = lowbit.CommConfig("int4:g32", "two-step", 0)
+    assert Case(config, 4, 2).key == Case(config, 4).key and Case(config, 4, 2).hierarchy["nodes"] is None
+    nested = [Case(lowbit.CommConfig("int4:g32", "auto", 0, outer_spec=outer), 8, nodes)
+              for nodes in (1, 2, 4) for outer in (None, "int3")]  # fmt: skip
+    assert [case.algorithm for case in nested] == ["two-step"] * 2 + ["hierarchical"] * 4
+    assert len({case.key for case in nested}) == 5
+    with pytest.raises(ConfigError, match="nodes is 3, and 4 ranks cannot be on so many equally"):
+        Case(config, 4, 3)
 
 
 def test_refuses_what_is_no_case():

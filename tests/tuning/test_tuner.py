@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.collectives import pipeline
-from megatron_lowbit.communicator import communicator
 from megatron_lowbit.tuned_table import TunedTable, fastest
 from megatron_lowbit.tuning import tuner
 from megatron_lowbit.tuning.candidates import candidates
@@ -26,9 +25,7 @@ def _tuned(job):
 
 def _tunes(rank, world, folder):
     made = _tuned(Job(("int4:g32", "selective4"), ("bf16", "fp32"), (SMALL, LARGE), 600.0))
-    expected = {
-        str(way) for way in candidates(communicator(None, lowbit.CommConfig(min_bytes=0)).facts.nodes, "cpu", LARGE)
-    }
+    expected = {str(way) for way in candidates(False, "cpu", LARGE)}
     for rows in made.rows.values():
         assert [row.bytes for row in rows] == [SMALL, LARGE]
         for row in rows:
@@ -54,6 +51,25 @@ def test_every_candidate_is_accounted_for_and_the_table_is_used(tmp_path, world)
         assert taken == best and digest == results[0][1]
     read = TunedTable.load(tmp_path / "table.json")
     assert read.digest == results[0][1] and read.key.world == world and 0 < read.seconds < read.budget_seconds
+
+
+def _on_nodes(rank, world):
+    os.environ["LOWBIT_NODE"] = "ab"[rank // 2]
+    made = _tuned(Job(("int4:g32", "selective4"), ("bf16",), (SMALL,), 600.0))
+    (nested,), (flat,) = made.rows["int4:g32", "bf16"], made.rows["selective4", "bf16"]
+    return [
+        list(made.key.nodes),
+        sorted(nested.ms.keys() | nested.skipped),
+        nested.failed,
+        sorted(flat.ms | flat.skipped),
+    ]
+
+
+def test_on_several_nodes_hierarchical_is_a_candidate_where_the_codec_allows(monkeypatch):
+    for nodes, nested, failed, flat in run_ranks(4, _on_nodes):
+        assert nodes == [2, 2] and failed == {}
+        assert nested == ["exact", "hierarchical/1", "one-shot/1", "two-step/1"]
+        assert flat == ["exact", "one-shot/1", "two-step/1"]
 
 
 def _wrong_sum(out):

@@ -37,6 +37,15 @@ def test_all_flags_reach_the_configuration(tmp_path):
     assert args.lowbit_comm == "selective4:outliers=1/8" and args.lowbit_comm_sites == ["layers.*.mlp", "layers.0.*"]
 
 
+def test_what_travels_between_nodes_has_a_flag():
+    flags = ("--lowbit-comm", "int4", "--lowbit-comm-algorithm", "hierarchical", "--lowbit-comm-outer", "int3")
+    assert config_from_args(parse(*flags)) == lowbit.CommConfig("int4", "hierarchical", outer_spec="int3")
+    with pytest.raises(lowbit.ConfigError, match="--lowbit-comm exact and --lowbit-comm-outer int3 exclude"):
+        config_from_args(parse("--lowbit-comm", "exact", "--lowbit-comm-outer", "int3"))
+    with pytest.raises(lowbit.ConfigError, match="--lowbit-comm-outer does nothing without --lowbit-comm"):
+        config_from_args(parse("--lowbit-comm-outer", "int3"))
+
+
 def test_without_the_flag_nothing_happens():
     assert enable_from_args(parse()) is None
 
