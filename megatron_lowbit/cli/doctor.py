@@ -104,6 +104,8 @@ def show(findings: list[Finding], as_json: bool) -> None:
 
 def packages() -> Iterator[Finding]:
     """Versions, without importing."""
+    from ..patches.megatron import apex
+
     topic, old = "packages", sys.version_info < OLDEST_PYTHON
     yield Finding(topic, "megatron_lowbit", __version__)
     yield Finding(topic, "python", platform.python_version(), "use Python 3.10 or newer" if old else None)
@@ -112,6 +114,8 @@ def packages() -> Iterator[Finding]:
     for name, (distributions, extra) in PACKAGES.items():
         remedy = f": pip install 'megatron-lowbit[{extra}]'" if extra else ""
         found = _version(name, distributions.split())
+        if name == "apex" and (place := apex.foreign()) is not None:
+            found = f"at {place}, not NVIDIA's, which Megatron-Core takes it for: pip uninstall apex"
         yield Finding(topic, name, f"not installed (optional{remedy})" if found is None else found)
 
 

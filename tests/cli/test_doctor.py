@@ -15,7 +15,7 @@ from megatron_lowbit import communicator, tuned_lookup
 from megatron_lowbit.__main__ import main
 from megatron_lowbit.cli import doctor
 from megatron_lowbit.codecs import backend
-from tests.cli.test_tune import _launched
+from tests.launched import launched
 from tests.ranks import run_ranks
 from tests.tuned_tables import table
 
@@ -129,7 +129,7 @@ def _examined(rank, world, folder):
     import io
 
     out = io.StringIO()
-    with _launched(), contextlib.redirect_stdout(out):
+    with launched(), contextlib.redirect_stdout(out):
         code = main(["doctor"])
     return [code, out.getvalue()]
 

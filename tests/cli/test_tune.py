@@ -4,8 +4,7 @@ import contextlib
 import io
 import json
 import os
-import sys
-import types
+import socket
 from dataclasses import replace
 from unittest import mock
 
@@ -19,28 +18,15 @@ from megatron_lowbit.__main__ import main
 from megatron_lowbit.cli import launch
 from megatron_lowbit.cli.tune import with_others
 from megatron_lowbit.tuned_table import TunedTable
+from tests.launched import launched
 from tests.ranks import run_ranks
 from tests.tuned_tables import KEY, table
-
-
-@contextlib.contextmanager
-def _launched():
-    """As under torchrun, in a group that exists already, and with a model that expects nothing in particular."""
-    expectation = types.ModuleType("megatron_lowbit.tuning.expectation")
-    expectation.lines = lambda device, gbit, world, nodes: [f"modelled: {device}, {gbit > 0}, {world} in {nodes}"]
-    sys.modules[expectation.__name__] = expectation  # mock.patch.dict would forget all modules imported meanwhile
-    with (
-        mock.patch.dict(os.environ, {"MASTER_ADDR": "localhost", "LOCAL_RANK": os.environ["RANK"]}),
-        mock.patch("megatron_lowbit.tuning.expectation", expectation, create=True),
-        mock.patch.object(launch, "process_group", lambda *_: contextlib.nullcontext()),
-    ):
-        yield
 
 
 def _command(*argv):
     """(exit code, what it printed)"""
     out, err = io.StringIO(), io.StringIO()
-    with _launched(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with launched(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(["tune", *argv])
     dist.barrier()
     return code, out.getvalue(), err.getvalue()
@@ -128,6 +114,19 @@ def test_starts_ranks_where_no_launcher_did(monkeypatch):
     monkeypatch.setattr(launch, "start_ranks", lambda ranks, argv, debug: started.append((ranks, argv)) or 0)
     assert main(["tune", "--tp", "3"]) == 0 and main(["tune"]) == 0
     assert started == [(3, ["tune", "--tp", "3"]), (2, ["tune"])]
+
+
+@pytest.mark.parametrize("command", ["tune", "doctor"])
+def test_a_rank_that_never_comes_is_an_error_and_no_hang(command, capsys, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    facts = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in facts.items():
+        monkeypatch.setenv(name, value)
+    assert main([command, "--timeout", "1"]) == 2
+    stderr = capsys.readouterr().err
+    assert f"rank 0 did not meet all 2 ranks at 127.0.0.1:{port} within 1 s: look whether all were started" in stderr
 
 
 def test_help_has_examples(capsys):
