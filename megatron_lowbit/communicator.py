@@ -93,8 +93,9 @@ class Communicator:
     @property
     def key(self) -> Key:
         """What a tuned table of this group is made for, as this rank sees it."""
-        nodes, transport = tuple(map(len, self.facts.nodes.members)), str(dist.get_backend(self.group))
-        return tuned_lookup.key_of(torch.device(self.facts.device), self.world, nodes, transport, PROTOCOL)
+        nodes, device = tuple(map(len, self.facts.nodes.members)), torch.device(self.facts.device)
+        transport = self.group._get_backend(device).name()  # a group without a named one has one for each device
+        return tuned_lookup.key_of(device, self.world, nodes, transport, PROTOCOL)
 
     def _tuned(self) -> TunedTable | None:
         """Rank 0's, on every rank."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import megatron_lowbit as lowbit
 from megatron_lowbit import tuned_lookup
@@ -86,6 +87,16 @@ def test_this_users_own_is_used_by_all_ranks_and_only_rank_0_has_it(tmp_path, wo
         # who names an algorithm or a size has decided
         assert named == [[["one-shot"], []]] and limited == [[["exact"], ["below min_bytes"]]]
         assert off == [[["exact"], ["below min_bytes"]]]
+
+
+def _of_any_backend(rank, world):
+    one, other = (dist.new_group([0, 1], backend=name) for name in ("gloo", "cpu:gloo"))
+    config = lowbit.CommConfig("int4:g32", min_bytes=0)
+    return [communicator(group, config).key.backend for group in (one, other)]
+
+
+def test_a_group_is_of_the_backend_that_carries_its_tensors():
+    assert run_ranks(2, _of_any_backend) == [["gloo", "gloo"]] * 2
 
 
 def _stale(rank, world, cache):

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,3 +146,21 @@ def test_help_has_examples(capsys):
     with pytest.raises(SystemExit):
         main(["doctor", "--help"])
     assert "megatron-lowbit doctor --json" in capsys.readouterr().out
+
+
+def test_gpus_and_how_they_reach_each_other(monkeypatch):
+    """Of a machine that is made up: two pairs of GPUs with a bridge each."""
+    facts = SimpleNamespace(name="NVIDIA L40S", total_memory=48 << 30, major=8, minor=9)
+    for name, answer in {
+        "is_available": lambda: True,
+        "device_count": lambda: 4,
+        "get_device_properties": lambda index: facts,
+        "can_device_access_peer": lambda one, other: one // 2 == other // 2,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    findings = {each.name: each.value for each in doctor.machine()}
+    assert findings["gpu 3"] == "NVIDIA L40S, 48 GiB, compute capability 8.9"
+    assert (findings["peer access"], findings["symmetric memory"]) == ("4 of 12 pairs of GPUs", "not possible")
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: True)
+    findings = {each.name: each.value for each in doctor.machine()}
+    assert (findings["peer access"], findings["symmetric memory"]) == ("12 of 12 pairs of GPUs", "possible")
