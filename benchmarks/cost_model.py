@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -28,11 +29,14 @@ from megatron_lowbit.tuning.machines import Machine
 
 HELD_GBIT, HELD_RANKS = 1, 4
 FITTED_TP = ("QuickReduce, TP 2", "QuickReduce, TP 8")  # the first also alone
+LARGE = 1 << 20  # bytes, from which on bandwidth and codecs count for more than what it takes to start
 SPEC = "int4:g32"
 BYTES, TOKENS = 16 << 20, 4096
 
 
-def compared(links: Sequence[Case]) -> tuple[list[dict], list[dict]]:
+def compared(
+    links: Sequence[Case], nodes: Sequence[Case] = (), prefills: Sequence[Case] = ()
+) -> tuple[list[dict], list[dict]]:
     """(a row of errors for each part of each source, every single case)."""
     one, others = machines.shaped(1), cost_model_cases.published()
     on_links = lambda given: lambda case: cost_model_fit.shaped(one, case.rate, given)  # noqa: E731
@@ -52,6 +56,11 @@ def compared(links: Sequence[Case]) -> tuple[list[dict], list[dict]]:
         own = [case for case in mesh if case.source == source]
         parts.append((f"MI300X, {source}", own, "QuickReduce, TP 2 and 8",
                       lambda case: known[case.machine], source not in FITTED_TP))  # fmt: skip
+    given = cost_model_fit.fit_shaped(links)
+    for name, cases, fitted_to in (("several nodes", nodes, "one node"), ("TTFT", prefills, "all-reduces alone")):
+        if cases:
+            parts.append((f"shaped links, {name}", cases, fitted_to,
+                          lambda case: case.within(cost_model_fit.shaped(one, case.rate, given)), True))  # fmt: skip
     base = machines.named(cost_model_fit.MI300X)
     two = cost_model_fit.fit_mesh([case for case in mesh if case.source == FITTED_TP[0]])
     for source in dict.fromkeys(case.source for case in mesh if case.source != FITTED_TP[0]):
@@ -82,9 +91,11 @@ def _trained(case: Case) -> bool:
 def errors(name: str, cases: Sequence[Case], fitted: str, machine: Callable[[Case], Machine], held: bool) -> dict:
     found = [abs(case.modelled(machine(case)) / case.seconds - 1) for case in cases]
     worst = max(range(len(cases)), key=found.__getitem__)
+    large = [error for error, case in zip(found, cases, strict=True) if case.bytes >= LARGE]
     return {
         "source": name, "fitted_to": fitted, "held_out": held, "cases": len(cases),
-        "median_error": statistics.median(found), "worst_error": found[worst], "worst_case": cases[worst].name,
+        "median_error": statistics.median(found), "median_error_large": statistics.median(large) if large else None,
+        "worst_error": found[worst], "worst_case": cases[worst].name,
     }  # fmt: skip
 
 
@@ -100,11 +111,12 @@ def fitted(links: Sequence[Case]) -> list[Machine]:
     switch = cost_model_fit.fit_switch(
         [case for case in others if case.machine == cost_model_fit.B200 and _trained(case)]
     )
-    return [
+    found = [
         *shaped,
         cost_model_fit.mesh(machines.named(cost_model_fit.MI300X), mesh),
         cost_model_fit.switch(machines.named(cost_model_fit.B200), switch),
     ]
+    return [cost_model_fit.rounded(machine) for machine in found]
 
 
 def expected(own: Sequence[Machine]) -> list[dict]:
@@ -136,6 +148,12 @@ def expected(own: Sequence[Machine]) -> list[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", type=Path, default=RESULTS / "link.json", help="what benchmarks/link.py wrote")
+    parser.add_argument(
+        "--nodes", type=Path, default=RESULTS / "link_nodes.json", help="the same, of several nodes; may be missing"
+    )
+    parser.add_argument(
+        "--ttft", type=Path, default=RESULTS / "ttft.json", help="what benchmarks/ttft.py wrote; may be missing"
+    )
     parser.add_argument("--fit", action="store_true", help="print the machines as measurements say they are")
     parser.add_argument("--write", action="store_true", help="with --fit: into megatron_lowbit/tuning/machines.json")
     parser.add_argument("--machine", type=Path, nargs="+", default=[], metavar="FILE", help="of your own, in JSON")
@@ -152,12 +170,16 @@ def main() -> int:
         if arguments.write:
             cost_model_fit.write(found)
         return 0
-    rows, cases = compared(links)
+    nodes, prefills = (
+        json.loads(file.read_text()) if file.exists() else {"rows": []} for file in (arguments.nodes, arguments.ttft)
+    )
+    rows, cases = compared(links, cost_model_cases.shaped(nodes["rows"]), cost_model_cases.prefills(prefills))
     show(
         "error of modelled against measured times",
-        ["source", "parameters fitted to", "", "cases", "median", "worst", "the worst"],
+        ["source", "parameters fitted to", "", "cases", "median", "from 1 MiB", "worst", "the worst"],
         [[r["source"], r["fitted_to"], "held out" if r["held_out"] else "fitted", str(r["cases"]),
-          f"{r['median_error']:.1%}", f"{r['worst_error']:.0%}", r["worst_case"]] for r in rows],
+          f"{r['median_error']:.1%}", f"{r['median_error_large'] or math.nan:.1%}",
+          f"{r['worst_error']:.0%}", r["worst_case"]] for r in rows],
     )  # fmt: skip
     expectations = expected([machines.load(file) for file in arguments.machine])
     cell = lambda row, name, text: text.format(row[name]) if name in row else "not described"  # noqa: E731

@@ -52,7 +52,11 @@ def switch(machine: Machine, given: Parameters) -> Machine:
 
 
 def _codec(machine: Machine, encode: float, start: float) -> machines.CodecSpeed:
-    return replace(machine.codec, encode=encode, decode=float(f"{DECODE * encode:.3g}"), start=start)
+    return replace(machine.codec, encode=encode, decode=DECODE * encode, start=start)
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def fit(cases: Sequence[Case], first: Parameters, machine: Callable[[Case, Parameters], Machine]) -> dict[str, float]:
@@ -68,7 +72,7 @@ def fit(cases: Sequence[Case], first: Parameters, machine: Callable[[Case, Param
         return errors + [PULL * (value - start) for value, start in zip(logs, begin, strict=True)]
 
     found = least_squares(residuals, begin, loss="soft_l1", f_scale=SOFT)
-    return {name: float(f"{value:.3g}") for name, value in named(found.x).items()}
+    return {name: _digits(value) for name, value in named(found.x).items()}
 
 
 def fit_shaped(cases: Sequence[Case]) -> dict[str, float]:
@@ -84,6 +88,12 @@ def fit_mesh(cases: Sequence[Case]) -> dict[str, float]:
 def fit_switch(cases: Sequence[Case]) -> dict[str, float]:
     base = machines.named(B200)
     return fit(cases, SWITCH, lambda _, given: switch(base, given))
+
+
+def rounded(machine: Machine) -> Machine:
+    """What follows from rounded parameters, rounded as they are."""
+    link = replace(machine.link, rate=_digits(machine.link.rate))
+    return replace(machine, link=link, codec=replace(machine.codec, decode=_digits(machine.codec.decode)))
 
 
 def write(fitted: Sequence[Machine]) -> None:

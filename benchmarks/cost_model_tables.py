@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,11 @@ Table = tuple[list[str], list[list[str]]]
 
 def errors(result: Mapping[str, Any]) -> Table:
     """A row for each part of each source."""
-    columns = ["source", "parameters fitted to", "", "cases", "median error", "worst", "the worst"]
+    columns = ["source", "parameters fitted to", "", "cases", "median error", "from 1 MiB on", "worst", "the worst"]
     return columns, [
         [row["source"], row["fitted_to"], "**held out**" if row["held_out"] else "fitted", str(row["cases"]),
-         f"{row['median_error']:.0%}", f"{row['worst_error']:.0%}", row["worst_case"]]
+         f"{row['median_error']:.0%}", f"{row['median_error_large'] or math.nan:.0%}",
+         f"{row['worst_error']:.0%}", row["worst_case"]]
         for row in result["rows"]
     ]  # fmt: skip
 

@@ -6,6 +6,11 @@ nothing but a spec; every other row compresses whatever the size.
 
     python benchmarks/link.py --rate-gbit 1 --ranks 2 --bytes 65536 8388608 --comm int4:g32 gauss4:g128
     python benchmarks/link.py --rate-gbit 0.2 1 5 --ranks 2 4 --json benchmarks/results/link.json --plot docs/link.png
+
+With --nodes, so many nodes of so many ranks each, whose uplinks have --outer-gbit; --outer: what travels between nodes.
+
+    python benchmarks/link.py --nodes 2x2 2x3 --rate-gbit 5 --outer-gbit 0.5 --bytes 8388608 --comm int4:g32 \\
+        --algorithm two-step hierarchical --outer int3:g32 --json benchmarks/results/link_nodes.json
 """
 
 from __future__ import annotations
@@ -56,7 +61,8 @@ def worker(job: dict) -> None:
         x = torch.randn(max(values // FEATURES, 1), min(FEATURES, values)).bfloat16()
         operations = {(name, "exact"): partial(exact, x.to(dtype)) for name, dtype in EXACT.items()}
         for spec, algorithm in product(job["specs"], job["algorithms"]):
-            options = {} if algorithm == "gate" else {"algorithm": algorithm, "min_bytes": 0}
+            name, _, outer = algorithm.partition(" ")
+            options = {} if name == "gate" else {"algorithm": name, "min_bytes": 0, "outer_spec": outer or None}
             operations[spec, algorithm] = compressed(x, spec, **options)
         for spec, count in product(job["specs"], job["chunks"]):
             way = compressed(x, spec, min_bytes=0)
@@ -120,9 +126,14 @@ def main() -> int:
     parser.add_argument("--rate-gbit", type=float, nargs="+", default=[1.0], help="of each rank's link")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="added to every packet")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2])
+    parser.add_argument("--nodes", type=nodes, nargs="+", default=[], metavar="KxL", help="K nodes of L ranks")
+    parser.add_argument("--outer-gbit", type=float, nargs="+", default=[1.0], help="of each node's uplink")
+    parser.add_argument("--outer", nargs="+", default=[], metavar="SPEC", help="between nodes, in hierarchical")
     parser.add_argument("--bytes", type=int, nargs="+", default=BYTES, help="of the bf16 message")
     parser.add_argument("--comm", nargs="+", metavar="SPEC", default=SPECS)
-    parser.add_argument("--algorithm", nargs="+", default=["auto"], help="auto, one-shot, two-step, or gate")
+    parser.add_argument(
+        "--algorithm", nargs="+", default=["auto"], help="auto, one-shot, two-step, hierarchical, or gate"
+    )
     parser.add_argument(
         "--chunks", type=int, nargs="+", default=[], help="compare numbers of chunks, too; 0: the backend's collectives"
     )
@@ -135,7 +146,8 @@ def main() -> int:
         worker(json.loads(arguments.worker))
         return 0
     specs = [str(parse(spec)) for spec in arguments.comm]
-    job = {"bytes": arguments.bytes, "specs": specs, "algorithms": arguments.algorithm}
+    algorithms = arguments.algorithm + [f"hierarchical {parse(spec)}" for spec in arguments.outer]
+    job = {"bytes": arguments.bytes, "specs": specs, "algorithms": algorithms}
     job |= {"chunks": arguments.chunks, "repeats": arguments.repeats}
     program = [os.path.abspath(__file__), "--worker", json.dumps(job)]
     rows, rates = [], arguments.rate_gbit
@@ -146,11 +158,12 @@ def main() -> int:
         rates = [None]
     try:
         with Progress() as bar:
-            task = bar.add_task("links", total=len(rates) * len(arguments.ranks))
-            for rate in rates:
-                for ranks in arguments.ranks:
-                    rows += link(rate, ranks, arguments.delay_ms, program)
-                    bar.advance(task)
+            places = list(product(arguments.nodes, arguments.outer_gbit))
+            places = places or [((1, ranks), None) for ranks in arguments.ranks]
+            task = bar.add_task("links", total=len(rates) * len(places))
+            for rate, place in product(rates, places):
+                rows += link(rate, *place, arguments.delay_ms, program)
+                bar.advance(task)
     except shaped_network.NetworkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -163,20 +176,50 @@ def main() -> int:
     return 0
 
 
-def link(rate: float | None, ranks: int, delay_ms: float, program: list[str]) -> list[dict]:
-    """The rows of one link and number of ranks. rate: Gbit/s, None: loopback."""
+def nodes(text: str) -> tuple[int, int]:
+    """2x3 -> (2, 3), for argparse."""
+    try:
+        count, ranks = map(int, text.split("x"))
+        if count < 1 or ranks < 1:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of nodes and of ranks on each, such as 2x3") from None
+    return count, ranks
+
+
+def link(
+    rate: float | None, place: tuple[int, int], outer: float | None, delay_ms: float, program: list[str]
+) -> list[dict]:
+    """The rows of one kind of link. rate: Gbit/s, None: loopback; place: nodes, ranks on each; outer: of uplinks."""
+    count, ranks = place
     if rate is None:
-        found = json.loads(shaped_network.run_ranks(ranks, program, SECONDS))
+        here = [shaped_network.Host("", "127.0.0.1", "lo", node) for node in range(count) for _ in range(ranks)]
+        found = json.loads(shaped_network.run_ranks(here, program, SECONDS))
     else:
-        with shaped_network.shaped_network([ranks], rate, delay_ms=delay_ms) as hosts:
+        with shaped_network.shaped_network([ranks] * count, rate, outer, delay_ms=delay_ms) as hosts:
             found = json.loads(shaped_network.run_ranks(hosts, program, SECONDS))
     base = {row["bytes"]: row["median_ms"] for row in found if row["spec"] == BASE}
     for row in found:
-        row |= {
-            "rate_gbit": rate, "ranks": ranks, "ratio_to_gloo_bf16": base[row["bytes"]] / row["median_ms"],
-            "wire_ms": row["bytes_sent"] * 8e-6 / rate if rate else None,
-        }  # fmt: skip
+        wire = row["bytes_sent"] * 8e-6 / rate if rate else None
+        row |= {"rate_gbit": rate, "ranks": count * ranks, "ratio_to_gloo_bf16": base[row["bytes"]] / row["median_ms"]}
+        if count > 1:
+            row |= {"nodes": count, "outer_gbit": outer if rate else None, "uplink_bytes": uplink(row, count, ranks)}
+            wire = max(wire, row["uplink_bytes"] * 8e-6 / outer) if rate else None
+        row["wire_ms"] = wire
     return found
+
+
+def uplink(row: dict, count: int, ranks: int) -> float:
+    """Bytes that each of `count` nodes of `ranks` ranks sends over its uplink; exactly as in a ring of all ranks."""
+    if row["path"] == "exact":
+        return row["bytes_sent"]
+    outer = row["algorithm"].partition(" ")[2]
+    spec, values = parse(outer or row["spec"]), row["bytes"] // 2
+    shape = max(values // FEATURES, 1), min(FEATURES, values)
+    scatter, gather = (lowbit.codec(str(leg)).wire_nbytes(shape) for leg in (spec.scatter, spec.gather))
+    if row["path"] == "one-shot":
+        return ranks * (count - 1) * ranks * scatter
+    return (1 if row["path"] == "hierarchical" else ranks) * (count - 1) / count * (scatter + gather)
 
 
 def report(rows: list[dict]) -> None:
@@ -184,8 +227,9 @@ def report(rows: list[dict]) -> None:
         "all-reduce over gloo, median of the slowest rank; ratio: gloo's bf16 all-reduce against it",
         ["Gbit/s", "ranks", "bytes", "spec", "algorithm", "path", "ms", "the wire's", "ratio"],
         [
-            [f"{r['rate_gbit'] or 'loopback'}", str(r["ranks"]), f"{r['bytes']:,}", r["spec"], r["algorithm"],
-             r["path"], f"{r['median_ms']:.2f}", f"{r['wire_ms']:.2f}" if r["wire_ms"] else "",
+            [f"{r['rate_gbit'] or 'loopback'}" + (f" / {r['outer_gbit']}" if r.get("outer_gbit") else ""),
+             f"{r['ranks']}" + (f" on {r['nodes']}" if "nodes" in r else ""), f"{r['bytes']:,}", r["spec"],
+             r["algorithm"], r["path"], f"{r['median_ms']:.2f}", f"{r['wire_ms']:.2f}" if r["wire_ms"] else "",
              f"{r['ratio_to_gloo_bf16']:.2f}x"]
             for r in rows
         ],

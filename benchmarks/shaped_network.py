@@ -172,6 +172,7 @@ def run_ranks(hosts: Sequence[Host] | int, program: Sequence[str], seconds: floa
                 "RANK": rank, "WORLD_SIZE": len(here), "MASTER_ADDR": here[0].address, "MASTER_PORT": port,
                 "GLOO_SOCKET_IFNAME": host.interface, "LOWBIT_NODE": host.node, "TORCH_CPP_LOG_LEVEL": "ERROR",
                 "OMP_NUM_THREADS": 1, "NUMBA_NUM_THREADS": 1,
+                "LOWBIT_TUNED": os.environ.get("LOWBIT_TUNED", "none"),  # not what this user tuned for another link
             }  # fmt: skip
             logs.append([tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")])
             command = [*(host.command if host.name else ()), sys.executable, *program]

@@ -18,6 +18,7 @@ from pathlib import Path
 import accuracy_tables
 import cost_model_tables
 import kernel_report
+import link_tables
 import speed_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -369,6 +370,7 @@ TABLES = {
     "link-chunks": link_chunks,
     "thresholds": thresholds,
     "ttft": ttft,
+    "link-nodes": lambda: markdown(*link_tables.nodes(load("link_nodes"), measured)),
     "kernels-predicted": kernels_predicted,
     "plan": plan,
     "quality": quality,

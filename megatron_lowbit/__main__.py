@@ -8,7 +8,7 @@ import sys
 import traceback
 
 from . import __version__
-from .cli import calibrate, convert, evaluate, generate, plan, run, sensitivity
+from .cli import calibrate, convert, doctor, evaluate, generate, plan, run, sensitivity, tune
 from .errors import ConfigError, LowBitError, ModelError
 
 COMMANDS = {
@@ -19,6 +19,8 @@ COMMANDS = {
     "calibrate": calibrate,
     "convert": convert,
     "run": run,
+    "tune": tune,
+    "doctor": doctor,
 }
 EXAMPLES = """examples:
   megatron-lowbit generate --compare                      the bundled model on 2 ranks, exact against compressed
@@ -30,6 +32,8 @@ EXAMPLES = """examples:
   megatron-lowbit calibrate --model DIR --tp 4 --text FILE --out model-tp4.safetensors
   megatron-lowbit convert --hf DIR --megatron DIR --tp 4  a checkpoint for Megatron-LM's own scripts
   torchrun --nproc-per-node 2 -m megatron_lowbit run SCRIPT --lowbit-comm int8:g128 …   an unedited Megatron script
+  torchrun --nproc-per-node 4 -m megatron_lowbit tune     which algorithm is fastest on these ranks, by message size
+  megatron-lowbit doctor                                  what this machine can do
   megatron-lowbit COMMAND --help                          all options of a command
 """
 

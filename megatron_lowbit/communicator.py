@@ -7,6 +7,7 @@ and `min_bytes` are all-reduce's; the other collectives have one way, and compre
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, which imports Dynamo at once
 
-from . import links, policy, telemetry
+from . import links, policy, telemetry, tuned_lookup
 from .codecs import Codec, backend, plain
 from .codecs.base import check_tensor, rows_of
 from .codecs.fused import add_rmsnorm, check_norm
@@ -33,7 +34,9 @@ from .collectives import (
 )
 from .config import CommConfig
 from .errors import ConfigError, RankError
+from .tuned_table import Key, TunedTable
 
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PROTOCOL = 2  # of the wire formats and of how messages are cut into shards and chunks
 
 
@@ -51,6 +54,7 @@ class Communicator:
         self.config = config
         self.world = dist.get_world_size(group)
         self._rank, self._bound = dist.get_rank(group), {}
+        self._tuned_for: set[tuple[str, str]] = set()  # (spec, dtype) that were looked for
         self._workspace = exchange.Workspace()
         cuda = str(dist.get_backend(group)) == "nccl"  # a group of gloo and NCCL serves CPU tensors too
         from . import __version__
@@ -70,6 +74,8 @@ class Communicator:
         device = "cuda" if cuda else "cpu"
         forced = links.from_environment(device)
         facts["link"] = forced and forced.name
+        tuned = tuned_lookup.source(config.tuned_table) if policy.gated(config) else tuned_lookup.NONE
+        facts |= {"tuned": tuned, "tuned table": config.tuned_digest}
         own = {"node": topology.node_name(), "host": topology.host_name()}
         everyone = exchange.compare(facts, group, group not in _compared, own)
         _compared.add(group)
@@ -78,9 +84,23 @@ class Communicator:
         self.facts = replace(
             self.facts, link=forced.name if forced else self._link(len({own["host"] for own in everyone}))
         )
+        if tuned != tuned_lookup.NONE and self.world > 1:
+            self.facts = replace(self.facts, tuned=self._tuned())
         for statistics in (config.calibrated, config.planned):
             if statistics is not None and self.world > 1:
                 statistics.check(tp=self.world)
+
+    @property
+    def key(self) -> Key:
+        """What a tuned table of this group is made for, as this rank sees it."""
+        nodes, device = tuple(map(len, self.facts.nodes.members)), torch.device(self.facts.device)
+        transport = self.group._get_backend(device).name()  # a group without a named one has one for each device
+        return tuned_lookup.key_of(device, self.world, nodes, transport, PROTOCOL)
+
+    def _tuned(self) -> TunedTable | None:
+        """Rank 0's, on every rank."""
+        own = tuned_lookup.told(self.config.tuned_table, self.key) if self._rank == 0 else {}
+        return tuned_lookup.heard(exchange.compare({}, self.group, own=own)[0])
 
     def _link(self, hosts: int) -> str:
         """The kind of link between these ranks, measured where there is one and where it matters."""
@@ -92,7 +112,7 @@ class Communicator:
         """Gloo carries tensors of GPUs too, and a group of NCCL may have gloo: of the others nothing is known."""
         if x.device.type == self.facts.device:
             return self.facts
-        return replace(self.facts, device=x.device.type, link=links.UNKNOWN)
+        return replace(self.facts, device=x.device.type, link=links.UNKNOWN, tuned=None)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -143,9 +163,38 @@ class Communicator:
             add_rmsnorm(summands.view(shape), *tensors)
         return normed, summands
 
-    def _all_reduce(self, x: torch.Tensor, site: str) -> all_reduce.Summands | torch.Tensor:
+    @untraced
+    def all_reduce_by(self, decision: policy.Decision, x: torch.Tensor, site: str = "all_reduce") -> torch.Tensor:
+        """`all_reduce` in a way that the caller decided on, the same one on every rank: for timing ways."""
+        _check(x)
+        summands = self._all_reduce(x, site, decision)
+        return summands if isinstance(summands, torch.Tensor) else summands.result(x)
+
+    def _decide(self, x: torch.Tensor, site: str) -> policy.Decision:
+        facts, dtype = self._facts_for(x), DTYPES[x.dtype]
+        if facts.tuned is not None and self._rank == 0 and self.config.selects(site):
+            self._say_if_untuned(facts.tuned, site, dtype)
+        return policy.choose(self.config, site, x.nbytes, facts, dtype)
+
+    def _say_if_untuned(self, table: TunedTable, site: str, dtype: str) -> None:
+        """Once: a warning about a spec that the table lacks."""
+        if self.config.keeps_exact(site) or (which := (str(self.config.legs_at(site)), dtype)) in self._tuned_for:
+            return
+        self._tuned_for.add(which)
+        if which not in table.rows or self.config.outer_spec is not None:
+            outer = f" with outer spec {self.config.outer_spec}" if self.config.outer_spec else ""
+            warnings.warn(
+                f"{table.name} has nothing about {which[0]} in {dtype}{outer}, so sizes decide as without a table: run "
+                f"'megatron-lowbit tune --comm {which[0]} --dtype {dtype}'",
+                stacklevel=6,
+            )
+
+    def _all_reduce(
+        self, x: torch.Tensor, site: str, decision: policy.Decision | None = None
+    ) -> all_reduce.Summands | torch.Tensor:
         """The exchange of an all-reduce, counted: what is left to decode, or the sum if nothing was encoded."""
-        decision = policy.choose(self.config, site, x.nbytes, self._facts_for(x))
+        if decision is None:
+            decision = self._decide(x, site)
         if decision.algorithm == "exact":
             result = (
                 all_reduce.exact(x, self.group)
@@ -251,6 +300,7 @@ class Communicator:
         """With LOWBIT_CHECK=1, check that all ranks make this call alike. Raises RankError."""
         if _every_call_is_checked() and self.world > 1:
             facts |= {"collective": collective, "spec": self.config.spec, "site": site, "dtype": str(x.dtype)}
+            facts |= {"outer_spec": self.config.outer_spec}
             exchange.compare(facts, self.group)
 
     def _count(self, x: torch.Tensor, site: str, decision: policy.Decision, sent: int, plain_bytes: int) -> None:

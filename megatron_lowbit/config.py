@@ -14,6 +14,7 @@ from .calibration_file import Calibration
 from .codecs import Codec, make
 from .errors import ConfigError
 from .plan_file import EXACT, Plan
+from .tuned_table import TunedTable
 
 DEFAULT_SPEC = "gauss4:g128:trellis"  # fewest bits within 1 % of perplexity: docs/accuracy.md
 PLANNED = "plan"  # what `spec` reads where each site has its own
@@ -39,6 +40,8 @@ class CommConfig:
         site that it lacks is an error when it is used, unless `sites` leaves it out.
     outer_spec: what travels between nodes in "hierarchical", on both hops of the all-reduce there; None: what a site's
         spec says. It is what everybody decodes: given this, the spec's second leg is not used there.
+    tuned: the file that `megatron-lowbit tune` wrote, or a TunedTable, to decide by in place of this user's own; for
+        "auto" without min_bytes, as nothing else is left to decide.
 
     Raises ConfigError naming the wrong value and what is allowed.
     """
@@ -50,10 +53,13 @@ class CommConfig:
     calibration: str | os.PathLike | Calibration | None = field(default=None, compare=False)  # its digest is compared
     plan: str | os.PathLike | Plan | None = field(default=None, compare=False)
     outer_spec: str | None = None
+    tuned: str | os.PathLike | TunedTable | None = field(default=None, compare=False)
     calibration_digest: str | None = field(init=False, default=None)  # of what the file holds
     plan_digest: str | None = field(init=False, default=None)
+    tuned_digest: str | None = field(init=False, default=None)
     calibrated: Calibration | None = field(init=False, repr=False, compare=False, default=None)
     planned: Plan | None = field(init=False, repr=False, compare=False, default=None)
+    tuned_table: TunedTable | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         if self.plan is not None:
@@ -76,9 +82,11 @@ class CommConfig:
                     f"sites is {self.sites!r}: give glob patterns such as ('layers.*.mlp',), or None for all"
                 )
             object.__setattr__(self, "sites", sites)
+        object.__setattr__(self, "tuned_table", self._load_tuned() if self.tuned is not None else None)
+        object.__setattr__(self, "tuned_digest", self.tuned_table and self.tuned_table.digest)
         object.__setattr__(self, "calibrated", self._load() if self.calibration is not None else None)
         object.__setattr__(self, "calibration_digest", self.calibrated and self.calibrated.digest)
-        if self.calibrated is None and (needing := [str(legs) for legs in self._all_specs if legs.calibrated]):
+        if self.calibrated is None and (needing := [str(legs) for legs in self.all_specs if legs.calibrated]):
             raise ConfigError(
                 f"spec {needing[0]!r} needs a calibration: make a file with 'megatron-lowbit calibrate' and pass it as "
                 "CommConfig(calibration=FILE), on a command line as --comm-calibration or --lowbit-comm-calibration"
@@ -121,8 +129,19 @@ class CommConfig:
             )
         return self.plan if isinstance(self.plan, Plan) else Plan.load(self.plan)
 
+    def _load_tuned(self) -> TunedTable:
+        given = self.tuned
+        if not given or not isinstance(given, str | os.PathLike | TunedTable):
+            raise ConfigError(f"tuned is {given!r}: give the name of a file that tune wrote, or a TunedTable")
+        if self.algorithm != "auto" or self.min_bytes is not None:
+            raise ConfigError(
+                f"algorithm {self.algorithm!r} with min_bytes={self.min_bytes} leaves nothing to decide by "
+                f"tuned={str(given)!r}: leave it out, or use algorithm 'auto' without min_bytes"
+            )
+        return given if isinstance(given, TunedTable) else TunedTable.load(given)
+
     def _load(self) -> Calibration:
-        if not any(legs.calibrated for legs in self._all_specs):
+        if not any(legs.calibrated for legs in self.all_specs):
             raise ConfigError(
                 f"spec {self.spec!r} makes no use of calibration={str(self.calibration)!r}: leave it out, or use "
                 "selective4 or outliers=1/64"
@@ -156,7 +175,8 @@ class CommConfig:
         return self.planned.specs if self.planned else (_spec.parse(self.spec),)
 
     @property
-    def _all_specs(self) -> tuple[_spec.Spec, ...]:
+    def all_specs(self) -> tuple[_spec.Spec, ...]:
+        """These, and what travels between nodes."""
         return (*self.specs, *([_spec.parse(self.outer_spec)] if self.outer_spec else []))
 
     @property

@@ -8,16 +8,21 @@ from .collectives.topology import Nodes
 from .config import CommConfig
 from .errors import ConfigError
 from .links import UNKNOWN, Link, named
+from .tuned_table import TunedTable
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What all ranks of a group know alike. device: a type like "cuda"; link: a name in links.LINKS[device]."""
+    """What all ranks of a group know alike.
+
+    device: a type like "cuda"; link: a name in links.LINKS[device]; tuned: what was measured on such a group.
+    """
 
     world: int
     device: str = "cpu"
     link: str = UNKNOWN
     nodes: Nodes | None = None
+    tuned: TunedTable | None = None
 
     @property
     def kind(self) -> Link:
@@ -36,10 +41,12 @@ class Decision:
     chunks: int = 0
 
 
-def choose(config: CommConfig, site: str, nbytes: int, facts: Facts) -> Decision:
-    """The algorithm to all-reduce a message of `nbytes`, in its own dtype."""
+def choose(config: CommConfig, site: str, nbytes: int, facts: Facts, dtype: str = "bf16") -> Decision:
+    """The algorithm to all-reduce a message of `nbytes`, in its own dtype: bf16, fp16 or fp32."""
     if (exact := bypass(config, site, facts.world, nbytes == 0)) is not None:
         return exact
+    if (measured := tuned(config, site, nbytes, facts, dtype)) is not None:
+        return measured
     if (reason := too_small(config, site, nbytes, facts)) is not None:
         return Decision("exact", reason)
     return Decision(algorithm(config, facts.world, facts.nodes), chunks=chunks(nbytes, facts))
@@ -49,6 +56,21 @@ def algorithm(config: CommConfig, world: int, nodes: Nodes | None = None) -> str
     """The algorithm of messages that are large enough. Raises ConfigError as `resolved` does."""
     name = wanted(config)
     return resolved(name, world, None if name == "auto" and not config.nests else nodes)
+
+
+def tuned(config: CommConfig, site: str, nbytes: int, facts: Facts, dtype: str) -> Decision | None:
+    """What the tuned table says; None without one, and for what it lacks: a spec, a dtype, any other outer spec."""
+    if facts.tuned is None or not gated(config) or config.outer_spec is not None:
+        return None
+    only = None
+    if config.planned:  # its legs and loss are of one algorithm
+        only = algorithm(config, facts.world, facts.nodes)
+    elif config.calibrated and not config.calibrated.has_sums:
+        only = "one-shot"  # it knows nothing of the leg that gathers
+    found = facts.tuned.choose(str(config.legs_at(site)), dtype, nbytes, only)
+    if found is None:
+        return None
+    return Decision(found.algorithm, "exact is faster (tuned)" if found.algorithm == "exact" else None, found.chunks)
 
 
 def wanted(config: CommConfig) -> str:

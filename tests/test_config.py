@@ -69,6 +69,10 @@ def test_sites_are_glob_patterns():
         ({"plan": "x.json"}, "there is no plan file x.json"),
         ({"plan": "x.json", "spec": "int4"}, "spec 'int4' and a plan exclude each other"),
         ({"plan": 3}, "plan is 3: give the name of a plan file"),
+        ({"tuned": "x.json"}, "there is no tuned table x.json: make one with 'megatron-lowbit tune'"),
+        ({"tuned": 3}, "tuned is 3: give the name of a file that tune wrote"),
+        ({"tuned": "x.json", "min_bytes": 0}, "with min_bytes=0 leaves nothing to decide by tuned='x.json'"),
+        ({"tuned": "x.json", "algorithm": "one-shot"}, "algorithm 'one-shot' with .* leaves nothing to decide"),
     ],
 )
 def test_wrong_values_are_named(arguments, message):

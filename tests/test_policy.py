@@ -1,6 +1,7 @@
 """The policy is a pure function of facts that all ranks share."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from megatron_lowbit.links import LINKS, NEVER, UNKNOWN, named
 from megatron_lowbit.plan_file import Plan
 from megatron_lowbit.policy import Decision, Facts, bypass, choose, chunks, gated
 from tests.calibrations import random_calibration
+from tests.tuned_tables import table
 
 PLACES = [(device, link.name) for device, kinds in LINKS.items() for link in kinds] + [("xpu", UNKNOWN)]
 
@@ -29,27 +31,31 @@ def smallest(algorithm, limit, spec, world, device, link):
 
 
 def test_over_the_whole_input_space():
-    for algorithm, limit, world, spec, (device, link), site in itertools.product(
+    for algorithm, limit, world, spec, (device, link), site, paired in itertools.product(
         ALGORITHMS,
         (None, 0, 1000),
         range(1, 9),
         ("int4:g32", "gauss4:g128:trellis", "int8/gauss4:trellis"),
         PLACES,
         ("a.mlp", "a.attention"),
+        (False, True),
     ):
         config = CommConfig(spec, algorithm=algorithm, min_bytes=limit, sites=("*.mlp",))
-        facts = Facts(world, device, link)
+        size = 2 - world % 2  # of a node
+        nodes = Nodes.of([rank // size for rank in range(world)]) if paired else None
+        nested = paired and size == 2 and world > 2
+        facts = Facts(world, device, link, nodes)
         least = smallest(algorithm, limit, spec, world, device, link)
         for nbytes in {0, 2, 999, 1000, least - 1, least, 1 << 30}:
             decision = choose(config, site, nbytes, facts)
-            assert decision == choose(config, site, nbytes, Facts(world, device, link))
+            assert decision == choose(config, site, nbytes, Facts(world, device, link, nodes))
             compressed = algorithm != "exact" and world > 1 and site == "a.mlp" and nbytes > 0 and nbytes >= least
             assert (decision.algorithm != "exact") == compressed
             assert (decision.fallback is None) == (compressed or algorithm == "exact")
             if compressed and algorithm == "auto":
-                assert decision.algorithm == ("one-shot" if world == 2 else "two-step")
+                assert decision.algorithm == ("hierarchical" if nested else "one-shot" if world == 2 else "two-step")
             elif compressed:
-                assert decision.algorithm == ("two-step" if algorithm == "hierarchical" else algorithm)
+                assert decision.algorithm == ("two-step" if algorithm == "hierarchical" and not nested else algorithm)
 
 
 @pytest.mark.parametrize(
@@ -132,3 +138,55 @@ def test_larger_messages_have_more_chunks_and_small_ones_one(world):
         assert choose(CommConfig(min_bytes=0), "s", 4 * size, facts).chunks == 4
         assert choose(CommConfig(algorithm="exact"), "s", 4 * size, facts).chunks == 0
     assert chunks(1 << 30, Facts(world, "cuda")) == 0  # the backend's own collectives: nothing else was measured there
+
+
+def test_a_tuned_table_decides_in_place_of_thresholds_over_the_whole_input_space():
+    tuned = table({16384: "exact", 65536: "one-shot/1", 1 << 20: "two-step/2"})
+
+    def expected(config, nbytes, dtype, without):
+        """Written out; `without`: what is decided without a table."""
+        if config.algorithm != "auto" or config.min_bytes is not None or nbytes == 0:
+            return without
+        if config.spec != "int4:g32" or dtype != "bf16":
+            return without
+        if nbytes < 65536:
+            return Decision("exact", "exact is faster (tuned)")
+        return Decision("one-shot", None, round(nbytes / 65536)) if nbytes < 1 << 20 else Decision(
+            "two-step", None, round(2 * nbytes / (1 << 20))
+        )  # fmt: skip
+
+    for algorithm, limit, world, spec, dtype, (device, link), nbytes in itertools.product(
+        ALGORITHMS, (None, 0, 1000), (2, 3, 8), ("int4:g32", "int8:g128"), ("bf16", "fp16", "fp32"), PLACES,
+        (0, 2, 16383, 16384, 65535, 65536, 1 << 20, 64 << 20),
+    ):  # fmt: skip
+        config, facts = CommConfig(spec, algorithm=algorithm, min_bytes=limit), Facts(world, device, link)
+        without = choose(config, "s", nbytes, facts, dtype)
+        found = choose(config, "s", nbytes, replace(facts, tuned=tuned), dtype)
+        assert found == expected(config, nbytes, dtype, without)
+    config = CommConfig(sites=("a",))
+    assert choose(config, "b", 1 << 20, Facts(2, tuned=tuned)) == Decision("exact", "site not selected")
+    assert choose(config, "a", 1 << 20, Facts(1, tuned=tuned)) == Decision("exact", "world of one rank")
+
+
+def test_of_a_plan_a_tuned_table_may_choose_its_own_algorithm_or_exact():
+    tuned = table({65536: "one-shot/1", 1 << 20: "two-step/2"})
+    for made, algorithms in (("one-shot", ["one-shot", "exact"]), ("two-step", ["exact", "two-step"])):
+        facts = Facts(2, tuned=tuned)
+        config = CommConfig(plan=Plan({"s": "int4:g32", "t": "exact", "u": "int8:g128"}, tp=2, algorithm=made))
+        assert [choose(config, "s", nbytes, facts).algorithm for nbytes in (65536, 1 << 20)] == algorithms
+        assert choose(config, "t", 1 << 20, facts) == Decision("exact", "exact in the plan")
+        assert choose(config, "u", 1 << 20, facts).algorithm == made  # the table lacks it: sizes decide
+
+
+def test_an_outer_spec_was_not_measured():
+    config, facts = CommConfig("int4:g32", outer_spec="int2:g32"), Facts(4, nodes=Nodes.of("aabb"))
+    tuned = replace(facts, tuned=table({4096: "two-step/2"}))
+    for nbytes in (4096, 1 << 20):
+        assert choose(config, "s", nbytes, tuned) == choose(config, "s", nbytes, facts)
+    assert choose(config, "s", 1 << 20, tuned).algorithm == "hierarchical"
+
+
+def test_a_calibration_of_one_leg_may_travel_one_shot_only():
+    config = CommConfig("selective4", calibration=random_calibration(["s"], 2, 64, "1/64", sums=False))
+    facts = Facts(2, tuned=table({65536: "one-shot/1", 1 << 20: "two-step/2"}, spec="selective4"))
+    assert [choose(config, "s", nbytes, facts).algorithm for nbytes in (65536, 1 << 20)] == ["one-shot", "exact"]

@@ -7,9 +7,8 @@ import math
 from pathlib import Path
 
 from ..config import COMPRESSING, DEFAULT_SPEC
-from . import calibrations, subject, tasks
+from . import GATE_FAILED, calibrations, subject, tasks
 from .evaluate_job import check
-from .evaluate_report import GATE_FAILED
 
 HELP = "what specs cost in accuracy at a TP size, on one device"
 DESCRIPTION = """Compare a model's predictions with compressed partial sums to its own, token by

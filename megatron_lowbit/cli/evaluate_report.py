@@ -17,14 +17,12 @@ from ..evaluation.cases import Case
 from ..evaluation.gate import Gate
 from ..evaluation.metrics import Tokens, summary
 from ..evaluation.verdict import name, saving
-from . import tasks_report
+from . import GATE_FAILED, tasks_report
 from .files import write
 
 if TYPE_CHECKING:
     from .evaluate_job import Job
     from .tasks import Answers
-
-GATE_FAILED = 3  # exit code
 
 
 def nats(value: float, digits: int) -> str:

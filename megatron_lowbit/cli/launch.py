@@ -80,7 +80,7 @@ def start_ranks(ranks: int, argv: list[str], debug: bool) -> int:
 @contextmanager
 def process_group(ranks: int, timeout: float):
     """torch.distributed over the launcher's ranks: NCCL with CUDA, else gloo. `timeout`: seconds until a silent peer is
-    given up. Raises ConfigError if the launcher started another number of ranks."""
+    given up. Raises ConfigError if the launcher started another number of ranks, RankError if they do not meet."""
     import torch
     import torch.distributed as dist
 
@@ -96,6 +96,14 @@ def process_group(ranks: int, timeout: float):
                 "GPU, or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU"
             )
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout))
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout))
+    except RuntimeError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+        raise RankError(
+            f"rank {os.environ['RANK']} did not meet all {ranks} ranks at {address} within {timeout:g} s: look "
+            "whether all were started, and whether this address and port are open from every machine "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     yield
     dist.destroy_process_group()  # not after an error: the others may never come

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import ALGORITHMS
-from . import calibrations, subject
+from . import GATE_FAILED, calibrations, subject
 from .evaluate import percent
-from .evaluate_report import GATE_FAILED
 from .plan_job import CANDIDATES, DIRECT, HELD_OUT, PLANNING, PROBE, Job, check
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from ..evaluation.metrics import Tokens, summary
 from ..evaluation.planning import predicted
 from ..plan_file import Plan
 from ..spec import parse
-from .evaluate_report import GATE_FAILED, made, nats
+from . import GATE_FAILED
+from .evaluate_report import made, nats
 from .files import BUNDLED, write
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from functools import lru_cache
 from .. import policy
 from ..codecs import make
 from ..errors import ConfigError
-from ..links import reaching
+from ..links import UNKNOWN, reaching
 from ..spec import Leg, Spec, parse
 from .codec_speed import RELATIVE, family
 from .machines import GBIT, Machine
@@ -148,7 +148,9 @@ def bits(leg: Leg) -> float:
 
 def chunks(machine: Machine, nbytes: float, world: int) -> int:
     """In how many parts policy.py lets a message travel on such a machine."""
-    link = reaching(machine.link.rate / GBIT).name if machine.device == "cpu" else "unknown"
+    between = machine.outer and world > machine.node
+    rate = min(machine.link.rate, machine.outer.rate) if between else machine.link.rate
+    link = reaching(rate / GBIT).name if machine.device == "cpu" else UNKNOWN
     return policy.chunks(int(nbytes), policy.Facts(world, machine.device, link))
 
 

@@ -37,15 +37,15 @@ def lines(device: str, gbit: float | None, world: int, nodes: int) -> list[str]:
 
 def _machine(device: str, gbit: float | None, world: int, nodes: int) -> Machine | None:
     """None: too little is known."""
-    cpu = device.lower() == "cpu"
-    if cpu and gbit is None:
+    cpu, nested = device.lower() == "cpu", world > nodes > 1 and world % nodes == 0
+    if gbit is None and (cpu or nodes > 1):
         return None
     if cpu:
         machine = machines.shaped(gbit)
     else:
         known = machines.described()
         machine = next((one for one in known.values() if one.gpu and one.gpu in device.upper()), known[CUDA])
-    if nodes > 1 and world % nodes == 0 and gbit is not None:
+    if nested:
         inside = machines.shaped(max(gbit, INSIDE_GBIT)) if cpu else machine
         return machines.joined(inside, Link(gbit * GBIT, machine.link.start), world // nodes)
     return machine if cpu or gbit is None else machines.limited(machine, gbit)

@@ -82,7 +82,7 @@ def config_from_args(args: argparse.Namespace) -> CommConfig | None:
             if value is not None:
                 raise ConfigError(f"{FLAG} {EXACT} and {FLAG}-{name} {value} exclude each other: leave one out")
         return CommConfig(algorithm=EXACT, min_bytes=min_bytes, sites=sites, calibration=calibration, plan=plan)
-    return CommConfig(spec, algorithm or "auto", min_bytes, sites, calibration, plan, outer)
+    return CommConfig(spec, algorithm or "auto", min_bytes, sites, calibration, plan, outer_spec=outer)
 
 
 def enable_from_args(args: argparse.Namespace) -> Handle | None:

@@ -142,5 +142,5 @@ def _with_gradients(module: torch.nn.Module, output: torch.Tensor, config: CommC
 
 
 def _lossless(config: CommConfig, dtype: torch.dtype) -> bool:
-    legs = [leg for spec in config.specs for leg in (spec.scatter, spec.gather)]
+    legs = [leg for spec in config.all_specs for leg in (spec.scatter, spec.gather)]
     return all(leg.name in PASSTHROUGH and _LOSSLESS[leg.name] in (None, dtype) for leg in legs)

@@ -33,12 +33,52 @@ def test_rows_that_are_compared(load):
     rows = [
         row(), row(spec="bf16", algorithm="exact", path="exact"), row(spec="fp32", algorithm="exact", path="exact"),
         row(algorithm="gate"), row(algorithm="4 chunks"), row(rate_gbit=None), row(path="exact", algorithm="gate"),
-        row(outer_gbit=0.2, path="hierarchical"), row(ranks=4, path="two-step"),
+        row(ranks=4, path="two-step"),
     ]  # fmt: skip
     found = load("cost_model_cases").shaped(rows)
     assert [(case.way.algorithm, case.world) for case in found] == [("one-shot", 2), ("exact", 2), ("two-step", 4)]
+    assert {case.source for case in found} == {"shaped links"} and {case.nodes for case in found} == {1}
     assert str(found[0].way.spec) == "int4:g32" and found[0].seconds == 2e-3 and found[0].rate == 1.0
     assert found[0].machine == "shaped 1 Gbit/s"
+
+
+def test_rows_of_several_nodes(load):
+    place = {"rate_gbit": 5.0, "nodes": 2, "outer_gbit": 0.5, "ranks": 6, "bytes": 8 << 20}
+    rows = [row(path="hierarchical", algorithm="hierarchical int3:g32", **place),
+            row(path="two-step", algorithm="two-step", **place),
+            row(spec="bf16", algorithm="exact", path="exact", **place)]  # fmt: skip
+    outer, flat, exact = load("cost_model_cases").shaped(rows)
+    assert (str(outer.way.spec), str(outer.way.outer), outer.source) == ("int4:g32", "int3:g32", "shaped nodes")
+    machine = outer.within(machines.shaped(5))
+    assert machine.node == 3 and machine.outer.rate == pytest.approx(machines.shaped(0.5).link.rate)
+    rate = machine.outer.rate  # three ranks of a node share it: 8 MiB / 6 to three others, twice; shards, once each way
+    assert cost_model.all_reduce(machine, exact.way, 8 << 20, 6).wire == pytest.approx(2 * 5 / 6 * (8 << 20) / rate)
+    assert cost_model.all_reduce(machine, flat.way, 8 << 20, 6).wire == pytest.approx(
+        3 * 3 * 2 * (8 << 20) / 6 * 5 / 16 / rate
+    )
+    inside = 2 * (8 << 20) / 3 * (5 + 4) / 16 / machine.link.rate
+    assert cost_model.all_reduce(machine, outer.way, 8 << 20, 6).wire == pytest.approx(
+        inside + 3 * 2 * (8 << 20) / 6 * 4 / 16 / rate
+    )
+    rows, cases = load("cost_model").compared(
+        load("cost_model_cases").shaped([row(), row(bytes=1 << 20, ranks=4, rate_gbit=5.0, path="two-step")]),
+        [outer, flat],
+    )
+    (several,) = [one for one in rows if one["source"] == "shaped links, several nodes"]
+    assert several["held_out"] and several["cases"] == 2 and len(cases) > 100
+
+
+def test_prefills(load):
+    measured = {"rate_gbit": 0.1, "ranks": 2, "tokens": 1024, "spec": "int4:g32", "paths": {"one-shot": 32},
+                "ttft_ms": 3000.0, "ttft_exact_ms": 5000.0, "share": 0.6}  # fmt: skip
+    facts = {"model": "Llama of random weights", "layers": 16, "hidden": 512, "ffn": 1408}
+    rows = [measured, measured | {"paths": {"exact": 32}}, measured | {"rate_gbit": None}]
+    (case,) = load("cost_model_cases").prefills(facts | {"rows": rows})
+    assert case.seconds == 3.0 and case.bytes == 1 << 20
+    one = cost_model.all_reduce(machines.shaped(0.1), case.way, 1 << 20, 2).total
+    assert case.modelled(machines.shaped(0.1)) == pytest.approx(0.4 * 5.0 + 2 * 16 * one)
+    assert load("cost_model_cases").prefills({"rows": []}) == []
+    assert load("cost_model_cases").prefills(facts | {"model": "somebody's", "rows": rows}) == []
 
 
 def test_published_tables_are_those_of_the_sources(load):

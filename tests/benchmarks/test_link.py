@@ -41,3 +41,31 @@ def test_every_operation_in_turn(tmp_path):
         assert row["wire_ms"] == (pytest.approx(sent * 8e-6 / rate) if rate else None)
         base = found[nbytes, "bf16", "exact"]["median_ms"]
         assert row["ratio_to_gloo_bf16"] == pytest.approx(base / row["median_ms"])
+
+
+def test_two_nodes_of_two_ranks(tmp_path):
+    argv = ["--nodes", "2x2", "--rate-gbit", "2", "--outer-gbit", "0.5", "--bytes", "65536", "--comm", "int4:g32"]
+    done = link(tmp_path, *argv, "--algorithm", "auto", "two-step", "--outer", "int2:g32")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "link.json").read_text())["rows"]
+    found = {row["spec"] if row["path"] == "exact" else row["algorithm"]: row for row in rows}
+    assert len(found) == len(rows) == 3 + 3 and all(row["ranks"] == 4 and row["nodes"] == 2 for row in rows)
+    assert found["auto"]["path"] == found["hierarchical int2:g32"]["path"] == "hierarchical"  # not one-shot in disguise
+    assert found["two-step"]["path"] == "two-step" and found["bf16"]["path"] == "exact"
+    message = 65536 * 5 / 16  # encoded
+    assert found["bf16"]["uplink_bytes"] == 65536 * 3 / 2
+    assert found["two-step"]["uplink_bytes"] == 2 * message
+    assert found["auto"]["uplink_bytes"] == message
+    assert found["hierarchical int2:g32"]["uplink_bytes"] == message * 3 / 5
+    assert found["auto"]["bytes_sent"] == found["two-step"]["bytes_sent"] == message * 3 / 2
+    assert found["hierarchical int2:g32"]["bytes_sent"] == message / 2 + message * 3 / 5
+    if found["bf16"]["rate_gbit"]:
+        assert found["auto"]["wire_ms"] == pytest.approx(message * 8e-6 / 0.5)
+        assert found["auto"]["outer_gbit"] == 0.5
+    else:
+        assert "measuring on loopback" in done.stderr
+
+
+def test_what_are_no_nodes(tmp_path):
+    done = link(tmp_path, "--nodes", "two")
+    assert done.returncode == 2 and "'two' is no number of nodes and of ranks on each, such as 2x3" in done.stderr

@@ -279,7 +279,10 @@ BERT = '{"model_type": "bert"}'
         (["--comm", "exact", "--comm-calibration", __file__], "--comm exact makes no use of --comm-calibration"),
         (["--comm", "selective4", "--comm-calibration", __file__], "cannot be read"),
         (["--comm", "int4:g48"], "group size 'g48'"),
-        (["--comm-algorithm", "ring"], "unknown algorithm 'ring': use one of auto, one-shot, two-step, hierarchical, exact"),
+        (
+            ["--comm-algorithm", "ring"],
+            "unknown algorithm 'ring': use one of auto, one-shot, two-step, hierarchical, exact",
+        ),
         (["--comm-min-bytes", "-1"], "min_bytes is -1"),
         (["--comm", "exact", "--compare"], "compares exact with exact"),
         (["--engine", "vllm"], "unknown engine 'vllm': use one of megatron, deepspeed, transformers"),

@@ -26,7 +26,7 @@ def test_what_is_described():
     for part in ("L40S", "A100", "H100", "H200", "MI300X", "25 GbE", "100 GbE", "200 GbE"):
         assert any(part in name for name in known), part
     for rate in (0.2, 1, 5):
-        assert known[f"shaped {rate:g} Gbit/s"].link.rate <= rate * machines.GBIT
+        assert known[f"shaped {rate:g} Gbit/s"].link.rate == pytest.approx(rate * machines.GBIT, rel=0.25)
     for name, machine in known.items():
         assert machine.name == name and len(machine.source) > 20
         assert machine.device == ("cpu" if "shaped" in name else "cuda")

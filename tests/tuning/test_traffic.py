@@ -1,5 +1,7 @@
 """Counted traffic against what real ranks' telemetry counts, and against formulas written out by hand."""
 
+import os
+
 import pytest
 import torch
 
@@ -33,6 +35,28 @@ def test_modelled_bytes_are_those_that_ranks_send(world):
                 way = cost_model.Way.of(spec, algorithm)
                 expected = cost_model.bytes_sent(way, 2 * ROWS * FEATURES, world)
                 assert found[f"{spec} {algorithm}"] == pytest.approx(expected, rel=2e-3), (spec, algorithm)
+
+
+def _sent_between_nodes(rank, world):
+    os.environ["LOWBIT_NODE"] = str(rank // 2)  # nodes of two ranks
+    x, found = torch.randn(ROWS, FEATURES).bfloat16(), {}
+    for spec in SPECS:
+        for outer in (None, "int3:g32/int8:g64"):
+            lowbit.reset_stats()
+            lowbit.all_reduce(x, spec, algorithm="hierarchical", outer_spec=outer, min_bytes=0)
+            (site,) = lowbit.stats().values()
+            assert list(site["paths"]) == ["hierarchical"]
+            found[f"{spec} {outer}"] = site["bytes_sent"]
+    return found
+
+
+def test_modelled_bytes_of_nodes_are_those_that_ranks_send():
+    for found in run_ranks(4, _sent_between_nodes):
+        for spec in SPECS:
+            for outer in (None, "int3:g32/int8:g64"):
+                way = cost_model.Way.of(spec, "hierarchical", outer)
+                expected = cost_model.bytes_sent(way, 2 * ROWS * FEATURES, 4, node=2)
+                assert found[f"{spec} {outer}"] == pytest.approx(expected, rel=2e-3), (spec, outer)
 
 
 def test_hops_by_hand():

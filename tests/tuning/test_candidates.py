@@ -1,0 +1,25 @@
+"""The list of what is compared: written out, and the same whenever it is asked for."""
+
+import pytest
+
+from megatron_lowbit.tuning.candidates import SIZES, candidates
+
+
+@pytest.mark.parametrize(
+    "nested, device, nbytes, expected",
+    [
+        (False, "cpu", 16384, "exact one-shot/1 two-step/1"),
+        (True, "cpu", 16384, "exact one-shot/1 two-step/1 hierarchical/1"),
+        (False, "cpu", 1 << 20, "exact one-shot/1 two-step/1"),
+        (False, "cpu", 4 << 20, "exact one-shot/1 one-shot/4 two-step/1 two-step/4"),
+        (False, "cpu", 64 << 20, "exact one-shot/1 one-shot/16 one-shot/64 two-step/1 two-step/16 two-step/64"),
+        (True, "cuda", 64 << 20, "exact one-shot/0 two-step/0 hierarchical/0"),
+    ],
+)
+def test_exact_first_and_then_what_the_nodes_allow(nested, device, nbytes, expected):
+    assert [str(one) for one in candidates(nested, device, nbytes)] == expected.split()
+    assert candidates(nested, device, nbytes) == candidates(nested, device, nbytes)
+
+
+def test_sizes_are_those_of_decoding_up_to_those_of_long_prompts():
+    assert SIZES[0] == 16 << 10 and SIZES[-1] == 64 << 20 and list(SIZES) == sorted(SIZES)
