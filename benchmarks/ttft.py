@@ -5,9 +5,9 @@ root they run on loopback, which is said. A Llama of random weights in bf16 read
 with each spec, again and again in one process; times are medians of the slowest rank's. `gate` is what a user gets who
 names nothing but a spec; `always` compresses every message, those of single tokens too.
 
---share asks for the share that communication has of an exact prefill: computation is measured on loopback first, the
-link's rate follows, and the share that came out is reported. It is the time within torch.distributed.all_reduce, of
-each call on the rank that waited least, over the prefill.
+--share asks for the share that communication has of an exact prefill: computation is measured on loopback first, then
+on a link of the rate that follows, which corrects it; the share that came out is reported. It is the time within
+torch.distributed.all_reduce, of each call on the rank that waited least, over the prefill.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHARES = [0.65, 0.2]  # of 4 x L40 and of A100s in the Flash Communication paper
 SPECS = ["int4:g32", "gauss4:g128", "gauss4:g128:trellis"]
 SIZES = {"layers": 16, "hidden": 512, "heads": 8, "ffn": 1408, "vocab": 4096}
 BURST = 32 << 10  # bytes that a link lets pass at once: what gathers while ranks compute must be little of a message
-TRIAL = 3  # repeats that tell how long computation takes
+TRIAL = {"specs": [], "repeats": 3, "decode_tokens": 1}  # tells how long computation takes
 SECONDS = 900
 
 
@@ -68,11 +68,15 @@ def benchmark(arguments: argparse.Namespace) -> int:
     with model_folder(arguments) as folder, Progress() as bar:
         check_model(arguments, folder)
         shares = arguments.share if rates is None else [None] * len(rates)
-        task = bar.add_task("links", total=len(shares) + (rates is None))
+        task = bar.add_task("links", total=len(shares) + (rates is None) * (1 + len(shares)))
         if rates is None:
-            trial = measured(arguments, folder, None, repeats=TRIAL, specs=[])["exact"]
+            trial = measured(arguments, folder, None, **TRIAL)["exact"]
             rates = [rate_for(share, trial) for share in shares]
             bar.advance(task)
+            for index, (share, rate) in enumerate(zip(shares, rates, strict=True)):
+                trial = measured(arguments, folder, rate, **TRIAL)["exact"]
+                rates[index] = rate_for(share, trial, rate)
+                bar.advance(task)
         for share, rate in zip(shares, rates, strict=True):
             rows += link(arguments, folder, share, rate)
             bar.advance(task)
@@ -160,19 +164,18 @@ def measured(arguments: argparse.Namespace, folder: str, rate: float | None, **c
     return json.loads(printed.splitlines()[-1])
 
 
-def rate_for(share: float, trial: dict) -> float:
-    """Gbit/s at which all-reduces should have this share of a prefill. trial: the "exact" of a run on loopback.
-
-    What they take on loopback, the processor's work, comes on top of the wire's time.
-    """
-    computation = trial["ttft_ms"] - trial["all_reduces_ms"]
-    wire = share / (1 - share) * computation - trial["all_reduces_ms"]
-    if wire <= 0:
+def rate_for(share: float, trial: dict, rate: float | None = None) -> float:
+    """Gbit/s at which all-reduces should have this share of a prefill. trial: the "exact" of a run at `rate`, None:
+    on loopback. What all-reduces took there beyond the wire's time, the processor's work, is taken to stay."""
+    wire = trial["bytes_exact"] * 8e-6 / rate if rate else 0.0
+    beyond = trial["all_reduces_ms"] - wire
+    wanted = share / (1 - share) * (trial["ttft_ms"] - trial["all_reduces_ms"]) - beyond
+    if wanted <= 0:
         raise ConfigError(
-            f"--share {share:g} cannot be had: on loopback, without any wire, it is {trial['share']:.2g} already: "
-            "give a larger share, or a larger model"
+            f"--share {share:g} cannot be had: with no wire at all it would be more: give a larger share, or a larger "
+            "model"
         )
-    return trial["bytes_exact"] * 8e-6 / wire
+    return trial["bytes_exact"] * 8e-6 / wanted
 
 
 def link(arguments: argparse.Namespace, folder: str, target: float | None, rate: float | None) -> list[dict]:
