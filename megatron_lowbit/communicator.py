@@ -103,8 +103,8 @@ class Communicator:
         return tuned_lookup.heard(exchange.compare({}, self.group, own=own)[0])
 
     def _link(self, hosts: int) -> str:
-        """The kind of link between these ranks, measured where there is one and where it matters."""
-        if self.facts.device == "cpu" and hosts > 1 and policy.gated(self.config):
+        """The kind of link between these ranks, measured where there is one: for the gate, and for how to cut."""
+        if self.facts.device == "cpu" and hosts > 1 and self.config.algorithm != "exact":
             return links.reaching(probe.gbit_per_second(self.group)).name
         return links.UNKNOWN
 

@@ -55,8 +55,8 @@ KIB, MIB = 1 << 10, 1 << 20
 LINKS: dict[str, tuple[Link, ...]] = {
     "cpu": (
         Link("slow", 0.5, 64 * KIB, ((2, 64 * KIB, 256 * KIB), (3, 256 * KIB, 256 * KIB)), (2 * MIB,) * 2, _MEASURED),
-        Link("medium", 2.0, 256 * KIB, ((2, 256 * KIB, MIB), (3, MIB, 2 * MIB)), (2 * MIB, 2 * MIB), _MEASURED),
-        Link("fast", float("inf"), MIB, ((2, 8 * MIB, NEVER), (3, NEVER, NEVER)), (4 * MIB, 8 * MIB), _MEASURED),
+        Link("medium", 2.0, 256 * KIB, ((2, 256 * KIB, MIB), (3, MIB, 2 * MIB)), (3 * MIB // 2, 4 * MIB), _MEASURED),
+        Link("fast", float("inf"), MIB, ((2, 8 * MIB, NEVER), (3, NEVER, NEVER)), (3 * MIB, 8 * MIB), _MEASURED),
         Link(UNKNOWN, float("inf"), 128 * KIB, ((2, 128 * KIB, 128 * KIB),), (4 * MIB, 4 * MIB),
              f"twice what 2 ranks need at 1 Gbit/s in {_MEASURED}"),
     ),

@@ -29,10 +29,8 @@ from ..codecs.base import Codec
 from .all_reduce import Summands, reduce_shard
 from .exchange import Workspace, all_to_all
 from .layout import Shards, shard
-from .pipeline import GATHER, SCATTER, Chunks, Exchange, wait
+from .pipeline import GATHER, SCATTER, Chunks, Exchange, staggered, wait
 from .topology import Nodes
-
-AHEAD = 2  # chunks that a step is behind the one before it
 
 
 @dataclass(frozen=True)
@@ -102,10 +100,7 @@ def in_chunks(
     """x contiguous, not empty -> (its sum over the group, bytes sent). The steps of `count` chunks overlap."""
     work = _Chunked(x, legs, Place.of(dist.get_rank(group), nodes), count, group, workspace)
     stages = work.scatter, work.sum_inside, work.sum_between, work.pass_on, work.decode
-    for step in range(count + AHEAD * (len(stages) - 1)):
-        for number, stage in enumerate(stages):
-            if 0 <= (chunk := step - AHEAD * number) < count:
-                stage(chunk)
+    staggered(count, stages)
     wait(work.sending, group)
     return work.out, work.nbytes
 

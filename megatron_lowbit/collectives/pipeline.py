@@ -4,20 +4,22 @@ A chunk is some rows of every shard, with a wire of its own. As no quantization 
 that of the ranks, where a message is cut changes nothing. Chunks go from rank to rank directly (isend, irecv): each
 pair's bytes cross the link once, with no collective waiting for the slowest pair.
 
-    main thread   encode 0  encode 1  encode 2 …  sum 0  sum 1  sum 2 …  decode 0  decode 1 …
-    network                 scatter 0  scatter 1  scatter 2 …  gather 0  gather 1 …
+    step      0         1         2         3         4
+    scatter   encode 0  encode 1  encode 2  …                    sent at once
+    reduce                        sum 0     sum 1     …          AHEAD steps later: by then it is there
+    gather                                            decode 0   as much later
 
 All receives are posted before anything is sent: a sender of gloo waits for word that its receiver is ready, and that
-word would stand in line behind the data that goes the same way. Each stage takes all chunks before the next begins, so
-nothing waits for the network while there is something to send. The first chunk and the last are half as large: the
-network idles while the first is encoded, and the processor until the last has come.
+word would stand in line behind the data that goes the same way. The first chunk and the last are half as large: the
+network idles while the first is encoded, and the processor until the last has come. Where ranks have no processors
+to spare, it is as well that they wait now and then: gloo's threads move the bytes meanwhile.
 
 Hazard: buffers of the workspace are in use until the last transfer ended, so every transfer is waited for, also sends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,7 @@ from ..codecs.base import Codec
 from .exchange import Workspace, guarded
 from .layout import Shards, shard
 
+AHEAD = 2  # chunks on their way while an earlier one is waited for
 SCATTER, GATHER = 0x10B17, 0x10B18  # tags of our messages in a group, so that they are not taken for its user's
 
 
@@ -114,14 +117,19 @@ def one_shot(
     ]
     exchanges = [Exchange({rank: wires[rank] for rank in others}, group, SCATTER) for wires in received]
     sending = []
-    for chunk, wires in enumerate(received):
+
+    def scatter(chunk: int) -> None:
+        own = received[chunk][me]
         if sizes[chunk]:
-            codec.encode_rows(source[chunks.rows(0, chunk)], wires[me])
-        sending += exchanges[chunk].send(dict.fromkeys(others, wires[me]))
-    for chunk, wires in enumerate(received):
+            codec.encode_rows(source[chunks.rows(0, chunk)], own)
+        sending.extend(exchanges[chunk].send(dict.fromkeys(others, own)))
+
+    def reduce(chunk: int) -> None:
         exchanges[chunk].wait()
         if sizes[chunk]:
-            codec.reduce_rows(wires, target[chunks.rows(0, chunk)])
+            codec.reduce_rows(received[chunk], target[chunks.rows(0, chunk)])
+
+    staggered(count, (scatter, reduce))
     wait(sending, group)
     return out, len(others) * sum(sizes)
 
@@ -144,27 +152,40 @@ def two_step(
     scatters = [Exchange({rank: wires[rank] for rank in others}, group, SCATTER) for wires in received]
     gathers = [Exchange({rank: summed[rank][chunk] for rank in others}, group, GATHER) for chunk in range(count)]
     sending = []
-    for chunk, wires in enumerate(received):
+
+    def start(chunk: int) -> None:
         sends = {rank: sent[rank][chunk] for rank in others}
-        for rank, wire in _filled(sends | {me: wires[me]}).items():
+        for rank, wire in _filled(sends | {me: received[chunk][me]}).items():
             scatter.encode_rows(source[chunks.rows(rank, chunk)], wire)
-        sending += scatters[chunk].send(sends)
-    for chunk, wires in enumerate(received):
+        sending.extend(scatters[chunk].send(sends))
+
+    def reduce(chunk: int) -> None:
         scatters[chunk].wait()
-        if (wire := summed[me][chunk]).numel():
-            shape = chunks.shape(me, chunk)
-            scratch = lambda: workspace.floats("sum", shape, x.device)  # noqa: B023, E731
-            fused.reduce_encode(scatter, wires, gather, shape, wire, scratch)
-        sending += gathers[chunk].send(dict.fromkeys(others, wire))
-    for chunk in range(count):
+        wire, shape = summed[me][chunk], chunks.shape(me, chunk)
+        if wire.numel():
+            scratch = lambda: workspace.floats("sum", shape, x.device)  # noqa: E731
+            fused.reduce_encode(scatter, received[chunk], gather, shape, wire, scratch)
+        sending.extend(gathers[chunk].send(dict.fromkeys(others, wire)))
+
+    def decode(chunk: int) -> None:
         gathers[chunk].wait()
         for rank, wire in _filled({rank: summed[rank][chunk] for rank in everyone}).items():
             gather.sent_by(rank).reduce_rows(wire.view(1, -1), target[chunks.rows(rank, chunk)])
+
+    staggered(count, (start, reduce, decode))
     wait(sending, group)
     bytes_sent = sum(sum(chunks.nbytes(scatter, rank)) for rank in others) + len(others) * sum(
         chunks.nbytes(gather, me)
     )
     return out, bytes_sent
+
+
+def staggered(count: int, stages: Sequence[Callable[[int], None]]) -> None:
+    """Each stage of each chunk, AHEAD chunks behind the stage before it."""
+    for step in range(count + AHEAD * (len(stages) - 1)):
+        for number, stage in enumerate(stages):
+            if 0 <= (chunk := step - AHEAD * number) < count:
+                stage(chunk)
 
 
 def _others(me: int, world: int) -> list[int]:
