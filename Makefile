@@ -7,8 +7,8 @@ WORKERS ?= -n 2 --dist loadfile
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-LINK_ARGS ?= --rate-gbit 0.2 1 5 --ranks 2 4 --bytes 4096 65536 131072 262144 1048576 8388608 \
-  --comm int4:g32 gauss4:g128 gauss4:g128:trellis --algorithm auto gate --repeats 20
+LINK_ARGS ?= --rate-gbit 0.2 1 5 --ranks 2 4 --bytes 16384 65536 262144 1048576 8388608 \
+  --comm int4:g32 gauss4:g128 gauss4:g128:trellis selective4 --algorithm auto gate --repeats 20
 TTFT_ARGS ?= --repeats 10
 
 .DEFAULT_GOAL := help

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -47,6 +48,7 @@ EXACT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BASE = "bf16"  # what others are compared with
 SITE = "all_reduce"
 WARM_UP = 2
+SMALL, CALLS = 1 << 20, 8  # smaller messages are so many to a measurement: a wake-up takes as long as one
 SECONDS = 900
 
 
@@ -99,16 +101,20 @@ def in_chunks(way: Callable[[], torch.Tensor], count: int) -> None:
 
 def measure(operations: dict, x: torch.Tensor, repeats: int) -> list[dict]:
     taken, sent, paths = {key: [] for key in operations}, {}, {}
+    calls = CALLS if x.nbytes < SMALL else 1
     for repeat in range(WARM_UP + repeats):
-        for key, operation in operations.items():
+        order = list(operations)
+        random.Random(repeat).shuffle(order)  # alike on all ranks; what came before tells in a small message's time
+        for key in order:
             lowbit.reset_stats()
             dist.barrier()
             start = time.perf_counter()
-            operation()
+            for _ in range(calls):
+                operations[key]()
             if repeat >= WARM_UP:
-                taken[key].append(time.perf_counter() - start)
+                taken[key].append((time.perf_counter() - start) / calls)
             for site in lowbit.stats().values():
-                sent[key], paths[key] = site["bytes_sent"], next(iter(site["paths"]))
+                sent[key], paths[key] = site["bytes_sent"] / calls, next(iter(site["paths"]))
     seconds = torch.tensor([taken[key] for key in operations], dtype=torch.float64)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # a collective is over when the last rank has its result
     world = dist.get_world_size()

@@ -22,7 +22,7 @@ class Link:
     """A kind of link.
 
     gbit: it is one on which an exact all-reduce reaches at most so many Gbit/s per rank. eligible: bytes, see above.
-    worth: (ranks at least, bytes for most codecs, bytes for those that search, as trellis does). chunk: bytes of the
+    worth: (ranks at least, bytes for most codecs, bytes for trellis codes and split outliers). chunk: bytes of the
     message that travel at once, ranks being 2 and more; 0: all, by the backend's own collectives.
     """
 
@@ -43,7 +43,7 @@ class Link:
 
     def worth_from(self, spec: Spec, world: int) -> int:
         """Bytes from which on `spec` gains among `world` ranks."""
-        slow = any(leg.trellis for leg in (spec.scatter, spec.gather))
+        slow = any(leg.trellis or leg.calibrated for leg in (spec.scatter, spec.gather))
         return max((ranks, *sizes) for ranks, *sizes in self.worth if world >= ranks)[2 if slow else 1]
 
     def chunk_of(self, world: int) -> int:
@@ -54,8 +54,8 @@ _MEASURED = "benchmarks/results/link.json: gloo, AMD EPYC with 2 cores, 2026-11-
 KIB, MIB = 1 << 10, 1 << 20
 LINKS: dict[str, tuple[Link, ...]] = {
     "cpu": (
-        Link("slow", 0.5, 64 * KIB, ((2, 64 * KIB, 256 * KIB), (3, 256 * KIB, 256 * KIB)), (2 * MIB,) * 2, _MEASURED),
-        Link("medium", 2.0, 256 * KIB, ((2, 256 * KIB, MIB), (3, MIB, 2 * MIB)), (3 * MIB // 2, 4 * MIB), _MEASURED),
+        Link("slow", 0.5, 64 * KIB, ((2, 64 * KIB, 128 * KIB), (3, 256 * KIB, 256 * KIB)), (2 * MIB,) * 2, _MEASURED),
+        Link("medium", 2.0, 256 * KIB, ((2, 512 * KIB, MIB), (3, MIB, 4 * MIB)), (3 * MIB // 2, 4 * MIB), _MEASURED),
         Link("fast", float("inf"), MIB, ((2, 8 * MIB, NEVER), (3, NEVER, NEVER)), (3 * MIB, 8 * MIB), _MEASURED),
         Link(UNKNOWN, float("inf"), 128 * KIB, ((2, 128 * KIB, 128 * KIB),), (4 * MIB, 4 * MIB),
              f"twice what 2 ranks need at 1 Gbit/s in {_MEASURED}"),

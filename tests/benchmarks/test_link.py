@@ -21,7 +21,8 @@ def link(tmp_path, *argv: str, **environment: str) -> subprocess.CompletedProces
 
 
 def test_every_operation_in_turn(tmp_path):
-    done = link(tmp_path, "--bytes", "16384", "262144", "--comm", "int4:g32", "--algorithm", "auto", "gate")
+    argv = ["--bytes", "16384", "1048576", "--comm", "int4:g32", "--algorithm", "auto", "gate"]
+    done = link(tmp_path, *argv, LOWBIT_LINK="medium")  # which else is measured, and a busy machine looks slower
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "link.json").read_text())["rows"]
     found = {(row["bytes"], row["spec"], row["algorithm"]): row for row in rows}
@@ -34,7 +35,7 @@ def test_every_operation_in_turn(tmp_path):
         assert "measuring on loopback" in done.stderr
     for (nbytes, spec, algorithm), row in found.items():
         assert row["ranks"] == 2 and row["rate_gbit"] == rate and row["median_ms"] > 0
-        exact = spec != "int4:g32" or (algorithm == "gate" and nbytes < 1 << 17)
+        exact = spec != "int4:g32" or (algorithm == "gate" and nbytes < 1 << 18)
         assert row["path"] == ("exact" if exact else "one-shot")
         sent = nbytes * (5 / 16 if not exact else 2 if spec == "fp32" else 1)
         assert row["bytes_sent"] == pytest.approx(sent)
