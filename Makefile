@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 
 LINK_ARGS ?= --rate-gbit 0.2 1 5 --ranks 2 4 --bytes 16384 65536 262144 1048576 8388608 \
   --comm int4:g32 gauss4:g128 gauss4:g128:trellis selective4 --algorithm auto gate --repeats 20
-TTFT_ARGS ?= --repeats 10
+TTFT_ARGS ?= --comm int4:g32 gauss4:g128:trellis --repeats 5
 
 .DEFAULT_GOAL := help
 .PHONY: help demo accuracy test test-full test-gpu test-triton-matrix test-megatron-matrix test-deepspeed-matrix lint bench bench-link bench-gpu clean

@@ -319,6 +319,15 @@ def link() -> str:
     )
 
 
+def link_gate() -> str:
+    """What the default made of each link."""
+    result = load("link")
+    note = (
+        f"Of {result['repeats']} measurements of each size and spec, against gloo's bf16 all-reduce. {measured(result)}"
+    )
+    return markdown(*speed_tables.gate(result["rows"]), note)
+
+
 def thresholds() -> str:
     result = load("link")
     note = f"Bytes of the bf16 message; in brackets what `links.py` holds for this kind. {measured(result)}"
@@ -368,6 +377,7 @@ TABLES = {
     "kernels": kernels,
     "link": link,
     "link-chunks": link_chunks,
+    "link-gate": link_gate,
     "thresholds": thresholds,
     "ttft": ttft,
     "link-nodes": lambda: markdown(*link_tables.nodes(load("link_nodes"), measured)),

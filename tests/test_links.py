@@ -1,6 +1,8 @@
 """Kinds of links: data that cannot contradict itself."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +47,14 @@ def test_the_environment_names_a_kind(monkeypatch):
     assert from_environment("cpu") is named("cpu", "fast")
     with pytest.raises(ConfigError, match="link 'fast' is unknown: use one of unknown"):
         from_environment("cuda")
+
+
+def test_whatever_is_compressed_was_faster_when_it_was_measured():
+    recorded = Path(__file__).parents[1] / "benchmarks" / "results" / "link.json"
+    rows = [row for row in json.loads(recorded.read_text())["rows"] if row["algorithm"] == "auto"]
+    sent = [
+        row for row in rows if row["bytes"] >= reaching(row["rate_gbit"]).worth_from(parse(row["spec"]), row["ranks"])
+    ]
+    assert len(sent) > 30 and {row["rate_gbit"] for row in sent} == {0.2, 1.0, 5.0}
+    for row in sent:
+        assert row["ratio_to_gloo_bf16"] > 0.97, row
