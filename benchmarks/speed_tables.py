@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import geometric_mean
 from typing import Any
 
 from megatron_lowbit import links
@@ -38,26 +37,6 @@ def thresholds(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             cells.append(f"{_size(crossover(exact, _times(here, spec, 'auto')))} ({_size(held)})")
         lines.append([f"{rate:g} Gbit/s, {ranks} ranks", kind.name, *cells])
     return ["link", "kind", *(f"`{spec}`" for spec in specs)], lines
-
-
-def gate(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """A row for each link and number of ranks: what the default made of all sizes and specs, against gloo's bf16."""
-    rows = [row for row in rows if row["algorithm"] == "gate"]
-    lines = []
-    for rate, ranks in dict.fromkeys((row["rate_gbit"], row["ranks"]) for row in rows):
-        here = [row for row in rows if (row["rate_gbit"], row["ranks"]) == (rate, ranks)]
-        exact = [row["ratio_to_gloo_bf16"] for row in here if row["path"] == "exact"]
-        sent = [row["ratio_to_gloo_bf16"] for row in here if row["path"] != "exact"]
-        link = f"{rate:g} Gbit/s, {ranks} ranks" if rate else f"loopback, {ranks} ranks"
-        lines.append([link, *_spread(sent), *_spread(exact)])
-    return ["link", "compressed", "least", "mean", "left exact", "least", "mean"], lines
-
-
-def _spread(ratios: Sequence[float]) -> list[str]:
-    """How many, the least, their geometric mean."""
-    if not ratios:
-        return ["0", "", ""]
-    return [str(len(ratios)), f"{min(ratios):.2f}×", f"{geometric_mean(ratios):.2f}×"]
 
 
 def _times(rows: Sequence[Row], spec: str, algorithm: str) -> dict[int, float]:

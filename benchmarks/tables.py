@@ -279,55 +279,6 @@ def plan() -> str:
     return markdown(["", "bits", "bytes per token", "KL predicted", "KL, nats", "perplexity"], rows, note)
 
 
-def link_chunks() -> str:
-    """A row for each link, a column for each number of chunks."""
-    result = load("link_chunks")
-    rows = [row for row in result["rows"] if row["algorithm"] not in ("exact", "auto")]
-    columns = list(dict.fromkeys(row["algorithm"] for row in rows))
-    lines = [
-        [f"{rate:g} Gbit/s", *(f"{r['ratio_to_gloo_bf16']:.2f}×" for r in rows if r["rate_gbit"] == rate)]
-        for rate in dict.fromkeys(row["rate_gbit"] for row in rows)
-    ]
-    note = (
-        f"Times faster than gloo's bf16 all-reduce, `{rows[0]['spec']}`, {rows[0]['bytes'] >> 20} MiB, "
-        f"{rows[0]['ranks']} ranks; medians of {result['repeats']}. {measured(result)}"
-    )
-    return markdown(["link", *columns], lines, note)
-
-
-def link() -> str:
-    """A row for each link, number of ranks and size; times faster than gloo's bf16 all-reduce."""
-    result = load("link")
-    rows = [row for row in result["rows"] if row["algorithm"] in ("exact", "auto")]
-    found = {(r["rate_gbit"], r["ranks"], r["bytes"], r["spec"]): r for r in rows}
-    specs = list(dict.fromkeys(r["spec"] for r in rows if r["algorithm"] == "auto"))
-    lines = []
-    for place in dict.fromkeys(key[:3] for key in found):
-        rate, ranks, nbytes = place
-        base = found[(*place, "bf16")]
-        cells = [
-            f"{found[(*place, s)]['ratio_to_gloo_bf16']:.2f}× ({found[(*place, s)]['median_ms']:.1f})" for s in specs
-        ]
-        link = f"{rate:g} Gbit/s, {ranks} ranks" if rate else f"loopback, {ranks} ranks"
-        lines.append([link, f"{nbytes >> 10:,} KiB", f"{base['median_ms']:.1f}", f"{base['wire_ms'] or 0:.1f}", *cells])
-    note = (
-        f"Times faster than gloo's bf16 all-reduce (ms), every message compressed; medians of {result['repeats']} of "
-        f"the slowest rank, all in turn. {measured(result)}"
-    )
-    return markdown(
-        ["link", "message", "gloo bf16, ms", "of that on the wire", *(f"`{s}`" for s in specs)], lines, note
-    )
-
-
-def link_gate() -> str:
-    """What the default made of each link."""
-    result = load("link")
-    note = (
-        f"Of {result['repeats']} measurements of each size and spec, against gloo's bf16 all-reduce. {measured(result)}"
-    )
-    return markdown(*speed_tables.gate(result["rows"]), note)
-
-
 def thresholds() -> str:
     result = load("link")
     note = f"Bytes of the bf16 message; in brackets what `links.py` holds for this kind. {measured(result)}"
@@ -375,9 +326,10 @@ TABLES = {
     "calibration": calibration,
     "alternatives": alternatives,
     "kernels": kernels,
-    "link": link,
-    "link-chunks": link_chunks,
-    "link-gate": link_gate,
+    "link": lambda: markdown(*link_tables.sizes(load("link"), measured)),
+    "link-short": lambda: markdown(*link_tables.largest(load("link"), measured)),
+    "link-chunks": lambda: markdown(*link_tables.chunks(load("link_chunks"), measured)),
+    "link-gate": lambda: markdown(*link_tables.gate(load("link"), measured)),
     "thresholds": thresholds,
     "ttft": ttft,
     "link-nodes": lambda: markdown(*link_tables.nodes(load("link_nodes"), measured)),
