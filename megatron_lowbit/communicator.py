@@ -37,7 +37,7 @@ from .errors import ConfigError, RankError
 from .tuned_table import Key, TunedTable
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-PROTOCOL = 2  # of the wire formats and of how messages are cut into shards and chunks
+PROTOCOL = 3  # of the wire formats and of how messages are cut into shards and chunks
 
 
 class Communicator:

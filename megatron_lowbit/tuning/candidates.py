@@ -13,7 +13,8 @@ CHUNKS = (4 * MIB, MIB)  # bytes of the message that travel at once, beside all 
 def candidates(nested: bool, device: str, nbytes: int) -> tuple[Candidate, ...]:
     """Exact first, then each algorithm, in chunks of several sizes where chunks can overlap. nested: whether the nodes
     and the spec allow for a hierarchical one."""
-    counts = dict.fromkeys((1, *(max(1, round(nbytes / size)) for size in CHUNKS))) if device == "cpu" else (0,)
+    whole = 1 if device == "cpu" else 0  # NCCL's own collectives; gloo's are slower than transfers from rank to rank
+    counts = dict.fromkeys((whole, *(max(whole + 1, round(nbytes / size)) for size in CHUNKS if nbytes > size)))
     algorithms = [name for name in ALGORITHMS if name not in ("auto", EXACT)]
     if not nested:
         algorithms = [name for name in algorithms if name != "hierarchical"]

@@ -14,7 +14,7 @@ from megatron_lowbit.tuning import cost_model, machines
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 RECORDED = BENCHMARKS / "results" / "link.json"
-FITTED, HELD_OUT = 0.25, 0.25  # median errors on shaped links that are not to be exceeded; the goal is 0.2 for both
+FITTED, HELD_OUT = 0.2, 0.2  # median errors on shaped links that are not to be exceeded; the goal is 0.2 for both
 
 
 @pytest.fixture
