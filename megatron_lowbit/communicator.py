@@ -64,6 +64,7 @@ class Communicator:
             "protocol": PROTOCOL,
             "spec": config.spec,
             "algorithm": policy.wanted(config),
+            "size gate": "on" if policy.gated(config) else "off",  # also off if what a plan wants is named
             "outer_spec": config.outer_spec,
             "min_bytes": config.min_bytes,
             "sites": config.sites and list(config.sites),
