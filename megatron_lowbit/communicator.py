@@ -38,6 +38,7 @@ from .tuned_table import Key, TunedTable
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PROTOCOL = 3  # of the wire formats and of how messages are cut into shards and chunks
+KEPT = 4096  # decisions: sizes of messages are many where batches vary
 
 
 class Communicator:
@@ -55,6 +56,7 @@ class Communicator:
         self.world = dist.get_world_size(group)
         self._rank, self._bound = dist.get_rank(group), {}
         self._tuned_for: set[tuple[str, str]] = set()  # (spec, dtype) that were looked for
+        self._decided: dict[tuple[str, int, torch.dtype, str], policy.Decision] = {}
         self._workspace = exchange.Workspace()
         cuda = str(dist.get_backend(group)) == "nccl"  # a group of gloo and NCCL serves CPU tensors too
         from . import __version__
@@ -64,6 +66,7 @@ class Communicator:
             "protocol": PROTOCOL,
             "spec": config.spec,
             "algorithm": policy.wanted(config),
+            "size gate": "on" if policy.gated(config) else "off",  # also off if what a plan wants is named
             "outer_spec": config.outer_spec,
             "min_bytes": config.min_bytes,
             "sites": config.sites and list(config.sites),
@@ -171,6 +174,15 @@ class Communicator:
         return summands if isinstance(summands, torch.Tensor) else summands.result(x)
 
     def _decide(self, x: torch.Tensor, site: str) -> policy.Decision:
+        """Kept, as nothing that it depends on changes: small messages wait for little else."""
+        which = site, x.nbytes, x.dtype, x.device.type
+        if (decision := self._decided.get(which)) is None:
+            if len(self._decided) >= KEPT:
+                self._decided.clear()
+            decision = self._decided[which] = self._decide_anew(x, site)
+        return decision
+
+    def _decide_anew(self, x: torch.Tensor, site: str) -> policy.Decision:
         facts, dtype = self._facts_for(x), DTYPES[x.dtype]
         if facts.tuned is not None and self._rank == 0 and self.config.selects(site):
             self._say_if_untuned(facts.tuned, site, dtype)
@@ -186,7 +198,7 @@ class Communicator:
             warnings.warn(
                 f"{table.name} has nothing about {which[0]} in {dtype}{outer}, so sizes decide as without a table: run "
                 f"'megatron-lowbit tune --comm {which[0]} --dtype {dtype}'",
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def _all_reduce(

@@ -35,7 +35,8 @@ def record(site: str, *, values: int, plain: int, sent: int, path: str, backend:
     uncompressed although a codec is configured, or None.
     """
     with _lock:
-        counters = _sites.setdefault(site, Site())
+        if (counters := _sites.get(site)) is None:
+            counters = _sites[site] = Site()
         counters.calls += 1
         counters.values += values
         counters.bytes_sent += sent

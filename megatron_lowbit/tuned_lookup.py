@@ -29,10 +29,11 @@ def source(given: TunedTable | None) -> str:
 
 
 def told(given: TunedTable | None, here: Key) -> dict:
-    """Rank 0's: the table, JSON-able, or why there is an error on every rank; empty for no table. May warn."""
+    """Rank 0's: the table, JSON-able, or why there is an error on every rank; empty for no table. May warn, which is
+    an error on every rank where warnings are."""
     try:
         found = find(given, here)
-    except ConfigError as error:
+    except (ConfigError, Warning) as error:
         return {"error": str(error)}
     return {} if found is None else {"name": found.name, "table": found.as_json()}
 
@@ -51,7 +52,7 @@ def find(given: TunedTable | None, here: Key) -> TunedTable | None:
     if given is not None:
         given.check(here)
         return given
-    if source(None) == NONE or (path := place(here)) is None or not path.exists():
+    if source(None) == NONE or (path := place(here)) is None or not _readable(path):
         return None
     try:
         found = TunedTable.load(path)
@@ -60,6 +61,14 @@ def find(given: TunedTable | None, here: Key) -> TunedTable | None:
         warnings.warn(f"{error}; not used, sizes decide as without a table", stacklevel=5)
         return None
     return found
+
+
+def _readable(path: Path) -> bool:
+    """A cache that this user may not look into has no table, and is no reason to fail on rank 0 alone."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def folder() -> Path | None:

@@ -68,6 +68,30 @@ def test_small_messages_go_exact_and_are_counted():
         assert stats["paths"] == {"exact": 1, "one-shot": 1} and stats["fallbacks"] == {"below min_bytes": 1}
 
 
+def _decided_once(rank, world):
+    from megatron_lowbit import communicator as module
+
+    asked, choose, module.KEPT = [], module.policy.choose, 4
+    module.policy.choose = lambda config, site, nbytes, *more: (
+        asked.append(f"{site} {nbytes} {more[-1]}") or choose(config, site, nbytes, *more)
+    )
+    known = module.communicator(None, lowbit.CommConfig("int4:g32", sites=("a",)))
+    for x in (torch.ones(64), torch.ones(128).half(), torch.ones(64)):  # the first two are of as many bytes
+        for site in ("a", "b", "a"):
+            known.all_reduce(x, site)
+    for values in range(1, 9):
+        known.all_reduce(torch.ones(values), "a")
+    return [asked, len(known._decided), {site: each["fallbacks"] for site, each in lowbit.stats().items()}]
+
+
+def test_a_decision_is_taken_once_for_each_site_size_and_dtype():
+    for asked, kept, fallbacks in run_ranks(2, _decided_once):
+        assert asked[:4] == ["a 256 fp32", "b 256 fp32", "a 256 fp16", "b 256 fp16"]
+        assert asked[4:] == [f"a {4 * values} fp32" for values in range(1, 9)]
+        assert kept <= 4
+        assert fallbacks == {"a": {"below min_bytes": 6 + 8}, "b": {"site not selected": 3}}
+
+
 def _groups_come_and_go(rank, world):
     import torch.distributed as dist
 

@@ -155,6 +155,25 @@ def test_where_it_is_looked_for(home, monkeypatch):
     assert tuned_lookup.place(KEY) is None and tuned_lookup.find(None, KEY) is None
 
 
+def test_a_cache_that_cannot_be_looked_into_has_no_table(monkeypatch):
+    monkeypatch.delenv("LOWBIT_TUNED", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/" + "x" * 300)  # as for a folder of another user: not FileNotFoundError
+    with pytest.raises(OSError):
+        tuned_lookup.place(KEY).exists()
+    assert tuned_lookup.find(None, KEY) is None
+
+
+def test_where_warnings_are_errors_all_ranks_hear_of_it(home):
+    path = tuned_lookup.place(KEY)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        message = tuned_lookup.told(None, KEY)
+    with pytest.raises(lowbit.ConfigError, match=f"{path} cannot be read"):
+        tuned_lookup.heard(message)
+
+
 def test_a_damaged_one_is_left_alone_with_a_warning_but_not_if_it_was_named(home, monkeypatch):
     path = tuned_lookup.place(KEY)
     assert tuned_lookup.find(None, KEY) is None

@@ -87,7 +87,8 @@ def compare(facts: dict, group: dist.ProcessGroup, first: bool = False, own: dic
     for rank, key in enumerate(keys):
         try:
             store.wait([key], datetime.timedelta(seconds=max(0.1, deadline - time.monotonic())))
-            everyone.append(json.loads(store.get(key)))
+            told = json.loads(store.get(key))
+            everyone.append(told if isinstance(told, list) else [told, {}])  # as releases before 3 of the protocol did
         except RuntimeError as error:
             raise RankError(
                 f"rank {rank} of the group (global rank {ranks[rank]}) did not come to compare settings within "

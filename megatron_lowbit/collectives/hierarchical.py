@@ -29,7 +29,7 @@ from ..codecs.base import Codec
 from .all_reduce import Summands, reduce_shard
 from .exchange import Workspace, all_to_all
 from .layout import Shards, shard
-from .pipeline import GATHER, SCATTER, Chunks, Exchange, staggered, wait
+from .pipeline import GATHER, SCATTER, Chunks, Exchange, staggered
 from .topology import Nodes
 
 
@@ -100,8 +100,7 @@ def in_chunks(
     """x contiguous, not empty -> (its sum over the group, bytes sent). The steps of `count` chunks overlap."""
     work = _Chunked(x, legs, Place.of(dist.get_rank(group), nodes), count, group, workspace)
     stages = work.scatter, work.sum_inside, work.sum_between, work.pass_on, work.decode
-    staggered(count, stages)
-    wait(work.sending, group)
+    staggered(count, stages, work.sending, group)
     return work.out, work.nbytes
 
 

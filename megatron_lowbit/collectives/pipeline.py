@@ -15,6 +15,8 @@ network idles while the first is encoded, and the processor until the last has c
 to spare, it is as well that they wait now and then: gloo's threads move the bytes meanwhile.
 
 Hazard: buffers of the workspace are in use until the last transfer ended, so every transfer is waited for, also sends.
+After an error some are not, which a later all-reduce would take for its own: so the group gets no other,
+and keeps these: where a transfer's work is gone, gloo reads nothing more that comes that way.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ import torch.distributed as dist
 
 from ..codecs import fused
 from ..codecs.base import Codec
+from ..errors import RankError
 from .exchange import Workspace, guarded
 from .layout import Shards, shard
 
 AHEAD = 2  # chunks on their way while an earlier one is waited for
+_interrupted: dict[dist.ProcessGroup, object] = {}  # all-reduces, with what must live on
 SCATTER, GATHER = 0x10B17, 0x10B18  # tags of our messages in a group, so that they are not taken for its user's
 
 
@@ -62,7 +66,12 @@ class Exchange:
     """What this rank sends to others and receives from them at once. Wires are uint8, contiguous, maybe empty."""
 
     def __init__(self, receives: dict[int, torch.Tensor], group: dist.ProcessGroup, tag: int) -> None:
-        """receives: rank -> where its wire is to be written."""
+        """receives: rank -> where its wire is to be written. Raises RankError where `staggered` was interrupted."""
+        if group in _interrupted:
+            raise RankError(
+                f"rank {dist.get_rank(group)} was interrupted in an earlier all-reduce of this group, whose transfers "
+                "this one would meet: look at the first error, and restart all ranks"
+            )
         self.group, self.tag, self._receives, self._works = group, tag, _filled(receives), []
         self._together = in_batches(group)
         if not self._together:
@@ -129,8 +138,7 @@ def one_shot(
         if sizes[chunk]:
             codec.reduce_rows(received[chunk], target[chunks.rows(0, chunk)])
 
-    staggered(count, (scatter, reduce))
-    wait(sending, group)
+    staggered(count, (scatter, reduce), sending, group)
     return out, len(others) * sum(sizes)
 
 
@@ -172,20 +180,27 @@ def two_step(
         for rank, wire in _filled({rank: summed[rank][chunk] for rank in everyone}).items():
             gather.sent_by(rank).reduce_rows(wire.view(1, -1), target[chunks.rows(rank, chunk)])
 
-    staggered(count, (start, reduce, decode))
-    wait(sending, group)
+    staggered(count, (start, reduce, decode), sending, group)
     bytes_sent = sum(sum(chunks.nbytes(scatter, rank)) for rank in others) + len(others) * sum(
         chunks.nbytes(gather, me)
     )
     return out, bytes_sent
 
 
-def staggered(count: int, stages: Sequence[Callable[[int], None]]) -> None:
-    """Each stage of each chunk, AHEAD chunks behind the stage before it."""
-    for step in range(count + AHEAD * (len(stages) - 1)):
-        for number, stage in enumerate(stages):
-            if 0 <= (chunk := step - AHEAD * number) < count:
-                stage(chunk)
+def staggered(
+    count: int, stages: Sequence[Callable[[int], None]], sending: Sequence[dist.Work], group: dist.ProcessGroup
+) -> None:
+    """Each stage of each chunk, AHEAD chunks behind the stage before it; then wait for what the stages added to
+    `sending`."""
+    try:
+        for step in range(count + AHEAD * (len(stages) - 1)):
+            for number, stage in enumerate(stages):
+                if 0 <= (chunk := step - AHEAD * number) < count:
+                    stage(chunk)
+        wait(sending, group)
+    except BaseException:
+        _interrupted[group] = stages, sending  # a transfer whose work is gone blocks gloo's connection for good
+        raise
 
 
 def _others(me: int, world: int) -> list[int]:

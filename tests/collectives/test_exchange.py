@@ -1,16 +1,20 @@
 """The configuration handshake, and buffers that are reused."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.collectives.exchange import Workspace
+from megatron_lowbit.communicator import communicator
+from megatron_lowbit.plan_file import Plan
 from tests.ranks import run_ranks
 
 
@@ -161,7 +165,17 @@ def _mismatch(rank, world, kind):
         os.environ["LOWBIT_BACKEND"] = "reference"
     if kind == "version" and rank == 1:
         lowbit.__version__ = "9.9.9"
+    if kind == "protocol" and rank == 1:  # facts alone is what was told then
+        from megatron_lowbit import communicator as module
+        from megatron_lowbit.collectives import exchange
+
+        module.PROTOCOL, dumps = 1, json.dumps
+        exchange.json = SimpleNamespace(loads=json.loads, dumps=lambda told, **more: dumps(told[0], **more))
     try:
+        if kind == "gate":  # the plan's algorithm, which one rank names too
+            os.environ["LOWBIT_TUNED"] = "none"
+            plan = Plan({"a": "int4"}, world, "two-step")
+            communicator(None, lowbit.CommConfig(plan=plan, algorithm="two-step" if rank == 2 else "auto"))
         lowbit.all_reduce(torch.zeros(2, 64), spec, min_bytes=7 if kind == "min_bytes" and rank == 2 else 0)
     except lowbit.LowBitError as error:
         return str(error)
@@ -174,6 +188,8 @@ def _mismatch(rank, world, kind):
         ("spec", "spec: rank 0 has 'int4:g32', rank 1 has 'int8:g128'"),
         ("min_bytes", "min_bytes: rank 0 has 0, rank 2 has 7"),
         ("backend", "backend: rank 0 has 'numba', rank 2 has 'reference'"),
+        ("gate", "size gate: rank 0 has 'on', rank 2 has 'off'"),
+        ("protocol", "protocol: rank 0 has 3, rank 1 has 1"),
         ("version", "version: rank 0 has '0.1.0', rank 1 has '9.9.9'"),
     ],
 )

@@ -110,3 +110,48 @@ def test_the_first_chunk_and_the_last_are_half_as_large():
 
 def _range(rows: slice) -> range:
     return range(rows.start, rows.stop)
+
+
+class _Interrupted(Exception):
+    """Stands for Ctrl-C, or memory that ran out."""
+
+
+def _is_interrupted(rank, world):
+    import torch.distributed as dist
+
+    class Stops:
+        """int4 that fails when the third chunk is encoded."""
+
+        def __init__(self):
+            self.codec, self.left = lowbit.codec("int4:g32"), 2
+
+        def __getattr__(self, name):
+            return getattr(self.codec, name)
+
+        def encode_rows(self, *given):
+            self.left -= 1
+            if self.left < 0:
+                raise _Interrupted
+            self.codec.encode_rows(*given)
+
+    x, messages = partial(rank, (40, 256)), []
+    group, other = dist.group.WORLD, dist.new_group([0, 1])
+    with pytest.raises(_Interrupted):
+        pipeline.one_shot(x, Stops(), 8, group, Workspace())
+    for _ in range(2):
+        try:  # another communicator of this group, as it were
+            pipeline.one_shot(x, lowbit.codec("int4:g32"), 8, group, Workspace())
+        except lowbit.RankError as error:
+            messages.append(str(error))
+    fine, _ = pipeline.one_shot(x, lowbit.codec("int4:g32"), 8, other, Workspace())
+    total = torch.ones(3)
+    dist.all_reduce(total)  # what is still under way is in nobody's way
+    return {"messages": messages, "fine": fine, "total": total}
+
+
+def test_a_group_that_was_interrupted_is_refused_at_once_and_others_are_not():
+    expected = lowbit.simulate.all_reduce([partial(rank, (40, 256)) for rank in range(2)], "int4:g32", "one-shot")
+    for rank, found in enumerate(run_ranks(2, _is_interrupted, timeout=30)):
+        assert len(found["messages"]) == 2
+        assert all(f"rank {rank} was interrupted in an earlier all-reduce" in text for text in found["messages"])
+        assert torch.equal(found["fine"], expected) and torch.equal(found["total"], torch.full((3,), 2.0))
