@@ -23,6 +23,7 @@ import cost_model_fit
 from common import RESULTS, save, show
 from cost_model_cases import Case
 
+from megatron_lowbit.errors import ConfigError
 from megatron_lowbit.tuning import cost_model, machines
 from megatron_lowbit.tuning.cost_model import EXACT, LLAMA_3_70B, Way
 from megatron_lowbit.tuning.machines import Machine
@@ -77,6 +78,12 @@ def compared(
          "modelled_ms": 1e3 * case.modelled(machine(case))}
         for name, cases, _, machine, held in parts for case in cases
     ]  # fmt: skip
+
+
+def enough(links: Sequence[Case]) -> bool:
+    """Whether there is something to fit to and something to hold out: not after a run on loopback."""
+    by_rate, by_ranks = {case.rate == HELD_GBIT for case in links}, {case.world == HELD_RANKS for case in links}
+    return len(by_rate) == len(by_ranks) == 2
 
 
 def _but(cases: Sequence[Case], others: Sequence[Case]) -> list[Case]:
@@ -164,6 +171,15 @@ def main() -> int:
         parser.error("--write writes what --fit finds: give both")
     measured = json.loads(arguments.link.read_text())
     links = cost_model_cases.shaped(measured["rows"])
+    if not enough(links):
+        print(f"{arguments.link} lacks shaped links of several rates and numbers of ranks: nothing is fitted or "
+              "compared, machines and tables stay as they are", file=sys.stderr)  # fmt: skip
+        return 0
+    try:
+        own = [machines.load(file) for file in arguments.machine]
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if arguments.fit:
         found = fitted(links)
         print(json.dumps([machines.as_json(machine) for machine in found], indent=1))
@@ -181,7 +197,7 @@ def main() -> int:
           f"{r['median_error']:.1%}", f"{r['median_error_large'] or math.nan:.1%}",
           f"{r['worst_error']:.0%}", r["worst_case"]] for r in rows],
     )  # fmt: skip
-    expectations = expected([machines.load(file) for file in arguments.machine])
+    expectations = expected(own)
     cell = lambda row, name, text: text.format(row[name]) if name in row else "not described"  # noqa: E731
     show(
         f"modelled: {SPEC}, an all-reduce of {BYTES >> 20} MiB, and {LLAMA_3_70B.name} with {TOKENS} tokens",

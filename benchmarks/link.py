@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -38,6 +39,8 @@ import megatron_lowbit as lowbit
 from megatron_lowbit import policy
 from megatron_lowbit.calibration_file import Calibration
 from megatron_lowbit.communicator import communicator
+from megatron_lowbit.config import ALGORITHMS
+from megatron_lowbit.errors import ConfigError, LowBitError
 from megatron_lowbit.ranges import Ranges
 from megatron_lowbit.spec import Spec, parse
 
@@ -47,6 +50,7 @@ SPECS = ["int8:g128", "int4:g32", "gauss4:g128", "int2:g32"]
 EXACT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BASE = "bf16"  # what others are compared with
 SITE = "all_reduce"
+GATE = "gate"
 WARM_UP = 2
 SMALL, CALLS = 1 << 20, 8  # smaller messages are so many to a measurement: a wake-up takes as long as one
 SECONDS = 900
@@ -64,7 +68,7 @@ def worker(job: dict) -> None:
         operations = {(name, "exact"): partial(exact, x.to(dtype)) for name, dtype in EXACT.items()}
         for spec, algorithm in product(job["specs"], job["algorithms"]):
             name, _, outer = algorithm.partition(" ")
-            options = {} if name == "gate" else {"algorithm": name, "min_bytes": 0, "outer_spec": outer or None}
+            options = {} if name == GATE else {"algorithm": name, "min_bytes": 0, "outer_spec": outer or None}
             operations[spec, algorithm] = compressed(x, spec, **options)
         for spec, count in product(job["specs"], job["chunks"]):
             way = compressed(x, spec, min_bytes=0)
@@ -152,6 +156,18 @@ def main() -> int:
     if arguments.worker:
         worker(json.loads(arguments.worker))
         return 0
+    try:
+        return benchmark(arguments)
+    except (LowBitError, shaped_network.NetworkError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 1
+
+
+def benchmark(arguments: argparse.Namespace) -> int:
+    check(arguments)
     specs = [str(parse(spec)) for spec in arguments.comm]
     algorithms = arguments.algorithm + [f"hierarchical {parse(spec)}" for spec in arguments.outer]
     job = {"bytes": arguments.bytes, "specs": specs, "algorithms": algorithms}
@@ -163,17 +179,13 @@ def main() -> int:
     except shaped_network.NetworkError as error:
         print(f"{error}: measuring on loopback, which no rate limits", file=sys.stderr)
         rates = [None]
-    try:
-        with Progress() as bar:
-            places = list(product(arguments.nodes, arguments.outer_gbit))
-            places = places or [((1, ranks), None) for ranks in arguments.ranks]
-            task = bar.add_task("links", total=len(rates) * len(places))
-            for rate, place in product(rates, places):
-                rows += link(rate, *place, arguments.delay_ms, program)
-                bar.advance(task)
-    except shaped_network.NetworkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with Progress() as bar:
+        places = list(product(arguments.nodes, arguments.outer_gbit))
+        places = places or [((1, ranks), None) for ranks in arguments.ranks]
+        task = bar.add_task("links", total=len(rates) * len(places))
+        for rate, place in product(rates, places):
+            rows += link(rate, *place, arguments.delay_ms, program)
+            bar.advance(task)
     report(rows)
     save(arguments.json, rows, features=FEATURES, repeats=arguments.repeats, delay_ms=arguments.delay_ms)
     if arguments.plot:
@@ -181,6 +193,24 @@ def main() -> int:
 
         plot(rows, arguments.plot)
     return 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for what cannot be measured."""
+    for name, least in (("ranks", 2), ("bytes", 2), ("chunks", 0), ("repeats", 1)):
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value < least:
+                raise ConfigError(f"--{name} {value}: it must be at least {least}")
+    for name in ("rate_gbit", "outer_gbit"):
+        for rate in getattr(arguments, name):
+            if not 0 < rate < math.inf:
+                raise ConfigError(f"--{name.replace('_', '-')} {rate:g}: a rate is above 0")
+    if not 0 <= arguments.delay_ms < math.inf:
+        raise ConfigError(f"--delay-ms {arguments.delay_ms:g}: a delay is not negative")
+    for algorithm in arguments.algorithm:
+        if algorithm != GATE and algorithm not in ALGORITHMS:
+            raise ConfigError(f"--algorithm {algorithm}: use {GATE} or one of {', '.join(ALGORITHMS)}")
 
 
 def nodes(text: str) -> tuple[int, int]:

@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,37 +80,69 @@ def shaped_network(
     _remove_leftovers()
     own = f"{PREFIX}-{os.getpid()}"
     switch, hosts, made = f"{own}-s", [], []
-    before = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with _stopped_by_sigterm():
+        try:
+            _namespace(switch, made)
+            _ip(switch, "link", "add", "core", "type", "bridge")
+            _ip(switch, "link", "set", "core", "up")
+            for node, count in enumerate(nodes):
+                bridge = "core"
+                if len(nodes) > 1:
+                    bridge = f"node{node}"
+                    _ip(switch, "link", "add", bridge, "type", "bridge")
+                    _ip(switch, "link", "set", bridge, "up")
+                    _veth(switch, f"up{node}", bridge, f"down{node}", "core")
+                    for end in (f"up{node}", f"down{node}"):
+                        _shape(switch, end, outer_gbit or rate_gbit, burst)
+                for _ in range(count):
+                    number = len(hosts)
+                    host = Host(f"{own}-{number}", f"10.77.{node}.{number + 1}", "eth0", node)
+                    _namespace(host.name, made)
+                    _ip(
+                        switch,
+                        "link",
+                        "add",
+                        f"port{number}",
+                        "type",
+                        "veth",
+                        "peer",
+                        "name",
+                        "eth0",
+                        "netns",
+                        host.name,
+                    )
+                    _ip(switch, "link", "set", f"port{number}", "master", bridge, "up")
+                    _ip(host.name, "addr", "add", f"{host.address}/16", "dev", "eth0")
+                    _ip(host.name, "link", "set", "eth0", "gso_max_size", str(burst - HEADERS), "up")
+                    _ip(host.name, "link", "set", "lo", "up")
+                    _shape(switch, f"port{number}", rate_gbit, burst)
+                    _shape(host.name, "eth0", rate_gbit, burst, delay_ms)
+                    hosts.append(host)
+            yield hosts
+        finally:
+            with _unstoppable():
+                for name in reversed(made):
+                    _delete(name)
+
+
+@contextmanager
+def _handled(handler: Callable | signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
-        _namespace(switch, made)
-        _ip(switch, "link", "add", "core", "type", "bridge")
-        _ip(switch, "link", "set", "core", "up")
-        for node, count in enumerate(nodes):
-            bridge = "core"
-            if len(nodes) > 1:
-                bridge = f"node{node}"
-                _ip(switch, "link", "add", bridge, "type", "bridge")
-                _ip(switch, "link", "set", bridge, "up")
-                _veth(switch, f"up{node}", bridge, f"down{node}", "core")
-                for end in (f"up{node}", f"down{node}"):
-                    _shape(switch, end, outer_gbit or rate_gbit, burst)
-            for _ in range(count):
-                number = len(hosts)
-                host = Host(f"{own}-{number}", f"10.77.{node}.{number + 1}", "eth0", node)
-                _namespace(host.name, made)
-                _ip(switch, "link", "add", f"port{number}", "type", "veth", "peer", "name", "eth0", "netns", host.name)
-                _ip(switch, "link", "set", f"port{number}", "master", bridge, "up")
-                _ip(host.name, "addr", "add", f"{host.address}/16", "dev", "eth0")
-                _ip(host.name, "link", "set", "eth0", "gso_max_size", str(burst - HEADERS), "up")
-                _ip(host.name, "link", "set", "lo", "up")
-                _shape(switch, f"port{number}", rate_gbit, burst)
-                _shape(host.name, "eth0", rate_gbit, burst, delay_ms)
-                hosts.append(host)
-        yield hosts
+        yield
     finally:
-        for name in reversed(made):
-            _delete(name)
-        signal.signal(signal.SIGTERM, before)
+        for number, its in before.items():
+            signal.signal(number, its)
+
+
+def _stopped_by_sigterm() -> AbstractContextManager[None]:
+    """As by Ctrl-C: what is to be removed is removed."""
+    return _handled(signal.default_int_handler, signal.SIGTERM)
+
+
+def _unstoppable() -> AbstractContextManager[None]:
+    """A second Ctrl-C does not end what tidies up, nor the tools it starts."""
+    return _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM)
 
 
 def _namespace(name: str, made: list[str]) -> None:
@@ -163,32 +195,34 @@ def run_ranks(hosts: Sequence[Host] | int, program: Sequence[str], seconds: floa
     """Start one rank of a program on each host, and wait -> what rank 0 printed. An int: so many ranks on loopback.
 
     Each finds RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and LOWBIT_NODE. Kills all of them if one fails, if the time
-    is over, or on Ctrl-C. Raises NetworkError with the end of what a failed rank said.
+    is over, on SIGTERM or on Ctrl-C. Raises NetworkError with the end of what a failed rank said.
     """
     here = [Host("", "127.0.0.1", "lo", 0)] * hosts if isinstance(hosts, int) else hosts
     ranks, logs, port = [], [], _free_port(here[0])
-    try:
-        for rank, host in enumerate(here):
-            facts = {
-                "RANK": rank, "WORLD_SIZE": len(here), "MASTER_ADDR": here[0].address, "MASTER_PORT": port,
-                "GLOO_SOCKET_IFNAME": host.interface, "LOWBIT_NODE": host.node, "TORCH_CPP_LOG_LEVEL": "ERROR",
-                "OMP_NUM_THREADS": 1, "NUMBA_NUM_THREADS": 1,
-                "LOWBIT_TUNED": os.environ.get("LOWBIT_TUNED", "none"),  # not what this user tuned for another link
-            }  # fmt: skip
-            logs.append([tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")])
-            command = [*(host.command if host.name else ()), sys.executable, *program]
-            environment = os.environ | {name: str(value) for name, value in facts.items()}
-            ranks.append(subprocess.Popen(command, env=environment, stdout=logs[-1][0], stderr=logs[-1][1]))
-        _wait(ranks, logs, seconds)
-        logs[0][0].seek(0)
-        return logs[0][0].read()
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-        for log in logs:
-            for file in log:
-                file.close()
+    with _stopped_by_sigterm():
+        try:
+            for rank, host in enumerate(here):
+                facts = {
+                    "RANK": rank, "WORLD_SIZE": len(here), "MASTER_ADDR": here[0].address, "MASTER_PORT": port,
+                    "GLOO_SOCKET_IFNAME": host.interface, "LOWBIT_NODE": host.node, "TORCH_CPP_LOG_LEVEL": "ERROR",
+                    "OMP_NUM_THREADS": 1, "NUMBA_NUM_THREADS": 1,
+                    "LOWBIT_TUNED": os.environ.get("LOWBIT_TUNED", "none"),  # not what this user tuned for another link
+                }  # fmt: skip
+                logs.append([tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")])
+                command = [*(host.command if host.name else ()), sys.executable, *program]
+                environment = os.environ | {name: str(value) for name, value in facts.items()}
+                ranks.append(subprocess.Popen(command, env=environment, stdout=logs[-1][0], stderr=logs[-1][1]))
+            _wait(ranks, logs, seconds)
+            logs[0][0].seek(0)
+            return logs[0][0].read()
+        finally:
+            with _unstoppable():
+                for rank in ranks:
+                    rank.kill()
+                    rank.wait()
+                for log in logs:
+                    for file in log:
+                        file.close()
 
 
 def _wait(ranks: Sequence[subprocess.Popen], logs: Sequence[Sequence], seconds: float) -> None:

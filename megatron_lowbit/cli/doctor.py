@@ -241,7 +241,7 @@ def tables() -> Iterator[Finding]:
             table = TunedTable.load(path)
             table.check(_as_here(table))
             parts = ", ".join(" ".join(part) for part in table.rows)
-            text = f"fits groups of {table.key.world} ranks, {' + '.join(map(str, table.key.nodes))} on nodes: {parts}"
+            text = f"fits groups of {table.key.world} ranks (by node: {' + '.join(map(str, table.key.nodes))}): {parts}"
         except ConfigError as error:
             text = str(error)
         yield Finding("tuned tables", path.name, text)
@@ -267,7 +267,7 @@ def ranks(problems: list[str]) -> Iterator[Finding]:
     nodes = topology.Nodes.of([own["node"] for own in everyone])
     spread = " + ".join(str(len(members)) for members in nodes.members)
     world = dist.get_world_size()
-    yield Finding(topic, "group", f"{world} ranks, {spread} on nodes, {dist.get_backend()}")
+    yield Finding(topic, "group", f"{world} ranks (by node: {spread}), {dist.get_backend()}")
     for rank, its in enumerate(everyone):
         for problem in its["problems"]:
             if rank and problem not in everyone[0]["problems"]:

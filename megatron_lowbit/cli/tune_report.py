@@ -30,7 +30,7 @@ def show(
     console = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     key = table.key
     console.print(
-        f"{escape(key.device)} · {key.world} ranks, {' + '.join(map(str, key.nodes))} on nodes · {key.backend} · "
+        f"{escape(key.device)} · {key.world} ranks (by node: {' + '.join(map(str, key.nodes))}) · {key.backend} · "
         f"{table.seconds:.1f} s of {table.budget_seconds:g} s"
     )
     for (spec, dtype), rows in table.rows.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from ..config import DEFAULT_SPEC
 from ..errors import ConfigError
@@ -41,14 +42,19 @@ def _machine(device: str, gbit: float | None, world: int, nodes: int) -> Machine
     if gbit is None and (cpu or nodes > 1):
         return None
     if cpu:
-        machine = machines.shaped(gbit)
+        machine = _processors(gbit)
     else:
         known = machines.described()
         machine = next((one for one in known.values() if one.gpu and one.gpu in device.upper()), known[CUDA])
     if nested:
-        inside = machines.shaped(max(gbit, INSIDE_GBIT)) if cpu else machine
+        inside = _processors(max(gbit, INSIDE_GBIT)) if cpu else machine
         return machines.joined(inside, Link(gbit * GBIT, machine.link.start), world // nodes)
     return machine if cpu or gbit is None else machines.limited(machine, gbit)
+
+
+def _processors(gbit: float) -> Machine:
+    """Those that the shaped links were measured with, under a name that does not say that this link is one."""
+    return replace(machines.shaped(gbit), name=f"CPUs at {gbit:.3g} Gbit/s")
 
 
 def _line(machine: Machine, spec: str, world: int) -> str:

@@ -159,3 +159,16 @@ def test_as_its_user_starts_it(tmp_path):
         assert all(name in ("machine", "source", "ranks", "algorithm") or name.startswith("modelled_") for name in row)
     refused = subprocess.run([*command, "--write"], capture_output=True, text=True)
     assert refused.returncode == 2 and "give both" in refused.stderr
+
+
+@pytest.mark.parametrize("rate", [None, 1.0])
+def test_without_several_shaped_links_nothing_is_fitted_or_written(rate, load, tmp_path, monkeypatch, capsys):
+    benchmark, fit = load("cost_model"), load("cost_model_fit")
+    row = {"rate_gbit": rate, "ranks": 2, "bytes": 1 << 20, "spec": "bf16", "algorithm": "exact", "path": "exact"}
+    link, out = tmp_path / "link.json", tmp_path / "out.json"
+    link.write_text(json.dumps({"machine": {}, "rows": [row | {"median_ms": 1.0}]}))
+    monkeypatch.setattr(fit, "write", lambda _: pytest.fail("was written"))
+    for options in (["--fit", "--write"], ["--json", str(out)]):
+        monkeypatch.setattr(sys, "argv", ["cost_model.py", "--link", str(link), *options])
+        assert benchmark.main() == 0 and "lacks shaped links" in capsys.readouterr().err
+    assert not out.exists()

@@ -11,6 +11,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import link as link_benchmark  # noqa: E402
 import shaped_network  # noqa: E402
 
 
@@ -70,3 +71,23 @@ def test_two_nodes_of_two_ranks(tmp_path):
 def test_what_are_no_nodes(tmp_path):
     done = link(tmp_path, "--nodes", "two")
     assert done.returncode == 2 and "'two' is no number of nodes and of ranks on each, such as 2x3" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--comm", "int9"], "int9"),
+        (["--outer", "int9"], "int9"),
+        (["--ranks", "1"], "--ranks 1: it must be at least 2"),
+        (["--bytes", "0"], "--bytes 0: it must be at least 2"),
+        (["--repeats", "0"], "--repeats 0: it must be at least 1"),
+        (["--rate-gbit", "1", "0"], "--rate-gbit 0: a rate is above 0"),
+        (["--delay-ms", "-1"], "--delay-ms -1: a delay is not negative"),
+        (["--algorithm", "three-step"], "--algorithm three-step: use gate or one of auto, one-shot"),
+    ],
+)
+def test_bad_input_is_an_error_and_no_traceback(argv, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["link.py", *argv])
+    monkeypatch.setattr(shaped_network, "run_ranks", lambda *_: pytest.fail("ranks were started"))
+    assert link_benchmark.main() == 1
+    assert "error: " in (said := capsys.readouterr().err) and message in said

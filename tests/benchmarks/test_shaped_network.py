@@ -117,6 +117,41 @@ def test_nothing_is_left_behind(tmp_path, ending):
     assert own not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
 
 
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_no_rank_on_loopback_is_left_behind(tmp_path, ending):
+    rank, path = tmp_path / "rank.py", tmp_path / "start.py"
+    rank.write_text(
+        f"import os, pathlib, time\npathlib.Path({str(tmp_path)!r}, f'pid{{os.getpid()}}').touch()\ntime.sleep(60)\n"
+    )
+    path.write_text(
+        f"import sys\nsys.path.append({str(BENCHMARKS)!r})\nimport shaped_network\n"
+        f"shaped_network.run_ranks(2, [{str(rank)!r}], 60)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(path)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while len(started := list(tmp_path.glob("pid*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(ending)
+    process.wait(30)
+    assert len(started) == 2 and not any(Path(f"/proc/{file.name[3:]}").exists() for file in started)
+
+
+@shaped
+def test_a_second_ctrl_c_does_not_end_the_tidying(tmp_path, monkeypatch):
+    delete, gone = shaped_network._delete, []
+
+    def delete_while_pressed(name):
+        os.kill(os.getpid(), signal.SIGINT)
+        delete(name)
+        gone.append(name)
+
+    with pytest.raises(KeyboardInterrupt):
+        with shaped_network.shaped_network([1], 1.0):
+            monkeypatch.setattr(shaped_network, "_delete", delete_while_pressed)
+            raise KeyboardInterrupt
+    assert len(gone) == 2 and not left()
+
+
 def test_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(shaped_network.NetworkError, match="need root"):

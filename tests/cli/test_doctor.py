@@ -99,7 +99,7 @@ def test_tuned_tables_and_whether_they_fit(capsys):
         table({4096: "exact"}, key).save(folder / f"{name}.json")
     (folder / "damaged.json").write_text("{")
     findings = found(capsys)  # of these none is needed
-    assert findings["tuned tables", "fits.json"][0] == "fits groups of 4 ranks, 2 + 2 on nodes: int4:g32 bf16"
+    assert findings["tuned tables", "fits.json"][0] == "fits groups of 4 ranks (by node: 2 + 2): int4:g32 bf16"
     assert "made with torch 1.0, this is" in findings["tuned tables", "stale.json"][0]
     assert "made for device an abacus, this is" in findings["tuned tables", "foreign.json"][0]
     assert "cannot be read" in findings["tuned tables", "damaged.json"][0]
@@ -137,7 +137,7 @@ def _examined(rank, world, folder):
 
 def test_under_a_launcher_the_links_too(tmp_path):
     (code, out), (other, nothing) = run_ranks(2, _examined, str(tmp_path))
-    assert "2 ranks, 2 on nodes, gloo" in out and "Gbit/s per rank" in out and "modelled: cpu, True, 2 in 1" in out
+    assert "2 ranks (by node: 2), gloo" in out and "Gbit/s per rank" in out and "modelled: cpu, True, 2 in 1" in out
     assert nothing == "" and (code, other) == (1, 1)
     assert "rank 1 " in out and "PROBLEM: LOWBIT_CHEK is unknown" in out  # which rank 0 has not
 

@@ -39,6 +39,11 @@ def test_the_gpu_is_found_by_its_name():
     assert "A100 NVLink at 20 Gbit/s" in lines("NVIDIA Unheard-of", 20.0, 4, 1)[0]
 
 
+def test_a_measured_link_is_not_called_a_shaped_one():
+    assert "2 ranks, CPUs at 16 Gbit/s;" in lines("cpu", 15.9559, 2, 1)[0]
+    assert "CPUs at 5 Gbit/s in nodes of 3, 0.5 Gbit/s between" in lines("cpu", 0.5, 6, 2)[0]
+
+
 def test_several_nodes_have_the_hierarchical_way():
     (line,) = [line for line in lines("cuda", 20.0, 16, 2) if "int4:g32" in line]
     assert "(hierarchical)" in line
