@@ -27,7 +27,6 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from unittest import mock
 
 import shaped_network
 import torch
@@ -38,7 +37,7 @@ from rich.progress import Progress
 import megatron_lowbit as lowbit
 from megatron_lowbit import policy
 from megatron_lowbit.calibration_file import Calibration
-from megatron_lowbit.communicator import communicator
+from megatron_lowbit.communicator import Communicator, communicator
 from megatron_lowbit.config import ALGORITHMS
 from megatron_lowbit.errors import ConfigError, LowBitError
 from megatron_lowbit.ranges import Ranges
@@ -71,8 +70,7 @@ def worker(job: dict) -> None:
             options = {} if name == GATE else {"algorithm": name, "min_bytes": 0, "outer_spec": outer or None}
             operations[spec, algorithm] = compressed(x, spec, **options)
         for spec, count in product(job["specs"], job["chunks"]):
-            way = compressed(x, spec, min_bytes=0)
-            operations[spec, f"{count} chunks" if count else "collectives"] = partial(in_chunks, way, count)
+            operations[spec, f"{count} chunks" if count else "collectives"] = in_chunks(x, spec, count)
         rows += [row | {"bytes": nbytes} for row in measure(operations, x, job["repeats"])]
     if dist.get_rank() == 0:
         print(json.dumps(rows))
@@ -85,8 +83,12 @@ def exact(x: torch.Tensor) -> None:
 
 
 def compressed(x: torch.Tensor, spec: str, **options) -> Callable[[], torch.Tensor]:
+    return partial(communicator_of(x, spec, **options).all_reduce, x)
+
+
+def communicator_of(x: torch.Tensor, spec: str, **options) -> Communicator:
     calibration = statistics_of(x, parse(spec)) if parse(spec).calibrated else None
-    return partial(communicator(None, lowbit.CommConfig(spec, calibration=calibration, **options)).all_reduce, x)
+    return communicator(None, lowbit.CommConfig(spec, calibration=calibration, **options))
 
 
 def statistics_of(x: torch.Tensor, spec: Spec) -> Calibration:
@@ -97,10 +99,10 @@ def statistics_of(x: torch.Tensor, spec: Spec) -> Calibration:
     return Calibration.from_ranges({SITE: Ranges(-reach, reach, -total, total)}, fraction)
 
 
-def in_chunks(way: Callable[[], torch.Tensor], count: int) -> None:
+def in_chunks(x: torch.Tensor, spec: str, count: int) -> Callable[[], torch.Tensor]:
     """0: the backend's own collectives."""
-    with mock.patch.object(policy, "chunks", lambda *_: count):
-        way()
+    way = communicator_of(x, spec, min_bytes=0)
+    return partial(way.all_reduce_by, policy.Decision(policy.resolved("auto", way.world), chunks=count), x)
 
 
 def measure(operations: dict, x: torch.Tensor, repeats: int) -> list[dict]:

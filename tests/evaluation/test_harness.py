@@ -101,10 +101,10 @@ def test_passing_values_on_changes_nothing(asked, tasks, exact, monkeypatch):
     sites = []
     reduced = simulate.reduced
 
-    def counted(partials, config, site):
+    def counted(partials, config, site, nodes):
         assert config.spec == "fp32" and len(partials) == 8
         sites.append(site)
-        return reduced(partials, config, site)
+        return reduced(partials, config, site, nodes)
 
     monkeypatch.setattr(simulate, "reduced", counted)
     found = asked.scores(tasks, LIMIT, case("fp32"))
@@ -132,8 +132,8 @@ def test_a_bad_spec_changes_answers(asked, tasks, exact):
 def test_what_is_not_finite_is_said(asked, tasks, monkeypatch, subject):
     reduced = simulate.reduced
 
-    def broken(partials, config, site):
-        total = reduced(partials, config, site)
+    def broken(partials, config, site, nodes):
+        total = reduced(partials, config, site, nodes)
         return total * float("nan") if site == "layers.2.mlp" else total
 
     monkeypatch.setattr(simulate, "reduced", broken)
