@@ -74,7 +74,7 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides what travels."""
-        decides = {"format": FORMAT, "version": VERSION, "sites": dict(self.sites)}
+        decides = {"format": FORMAT, "version": VERSION, "sites": dict(self.sites), "algorithm": self.algorithm}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def check(

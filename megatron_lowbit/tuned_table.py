@@ -155,9 +155,9 @@ class TunedTable:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that decides what is chosen."""
+        """SHA-256 of everything that decides what is chosen, and where."""
         found = self.as_json()
-        decides = {name: found[name] for name in ("format", "format_version", "margin", "tables")}
+        decides = {name: found[name] for name in ("format", "format_version", "key", "margin", "tables")}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def check(self, here: Key) -> None:

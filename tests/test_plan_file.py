@@ -27,6 +27,7 @@ def test_the_digest_is_of_what_travels():
     one = Plan(SITES, tp=4)
     assert one.digest == Plan(SITES, tp=4, metadata={"date": "x"}, name="other").digest
     assert one.digest != Plan(SITES | {"layers.1.mlp": "int2"}, tp=4).digest
+    assert one.digest != Plan(SITES, tp=4, algorithm="one-shot" if one.algorithm != "one-shot" else "two-step").digest
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def test_reads_back_what_it_wrote(tmp_path):
 def test_the_digest_is_of_what_decides():
     made = table(ROWS)
     assert replace(made, made="another day", seconds=1.0, name="another").digest == made.digest
+    assert replace(made, key=replace(KEY, protocol=9)).digest != made.digest  # a config with it is checked anew
     assert table(ROWS | {65536: "exact"}).digest != made.digest != replace(made, margin=0.1).digest
 
 
