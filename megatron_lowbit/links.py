@@ -58,7 +58,7 @@ LINKS: dict[str, tuple[Link, ...]] = {
         Link("medium", 2.0, 256 * KIB, ((2, 512 * KIB, MIB), (3, MIB, 4 * MIB)), (3 * MIB // 2, 4 * MIB), _MEASURED),
         Link("fast", float("inf"), MIB, ((2, 8 * MIB, NEVER), (3, NEVER, NEVER)), (3 * MIB, 8 * MIB), _MEASURED),
         Link(UNKNOWN, float("inf"), 128 * KIB, ((2, 128 * KIB, 128 * KIB),), (4 * MIB, 4 * MIB),
-             f"twice what 2 ranks need at 1 Gbit/s in {_MEASURED}"),
+             f"between 64 KiB that lose and 256 KiB that gain, 2 ranks, 1 Gbit/s: {_MEASURED}"),
     ),
     "cuda": (
         Link(UNKNOWN, float("inf"), 2 * MIB, ((2, 2 * MIB, 2 * MIB),), (0, 0),
