@@ -39,7 +39,7 @@ from megatron_lowbit import policy
 from megatron_lowbit.calibration_file import Calibration
 from megatron_lowbit.communicator import Communicator, communicator
 from megatron_lowbit.config import ALGORITHMS
-from megatron_lowbit.errors import ConfigError, LowBitError
+from megatron_lowbit.errors import ConfigError
 from megatron_lowbit.ranges import Ranges
 from megatron_lowbit.spec import Spec, parse
 
@@ -158,14 +158,7 @@ def main() -> int:
     if arguments.worker:
         worker(json.loads(arguments.worker))
         return 0
-    try:
-        return benchmark(arguments)
-    except (LowBitError, shaped_network.NetworkError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 1
+    return shaped_network.exit_code(lambda: benchmark(arguments))
 
 
 def benchmark(arguments: argparse.Namespace) -> int:

@@ -24,6 +24,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import lowbit
+
 PREFIX = "lowbit"
 BURST = 64 << 10  # bytes that pass at once, at least
 BURST_SECONDS = 0.5e-3  # and at least what the rate is in this time: with 64 KiB 5 Gbit/s reached 2.3, with 256 KiB 4.7
@@ -245,3 +247,15 @@ def _free_port(host: Host) -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def exit_code(benchmark: Callable[[], int]) -> int:
+    """Of a benchmark that may fail for reasons its user can mend, or be stopped; those are said in a line."""
+    try:
+        return benchmark()
+    except (lowbit.LowBitError, NetworkError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 1

@@ -28,7 +28,7 @@ from common import save, show
 
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.engines.registry import ENGINES, check_framework, engine_class
-from megatron_lowbit.errors import ConfigError, LowBitError
+from megatron_lowbit.errors import ConfigError
 
 EXAMPLES = """examples:
   python benchmarks/ttft.py                                       # two ranks, shares of 65 % and of 20 %
@@ -49,14 +49,7 @@ def main() -> int:
     if arguments.worker:
         ttft_rank.run(json.loads(arguments.worker))
         return 0
-    try:
-        return benchmark(arguments)
-    except (LowBitError, shaped_network.NetworkError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 1
+    return shaped_network.exit_code(lambda: benchmark(arguments))
 
 
 def benchmark(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ _known: weakref.WeakKeyDictionary[dist.ProcessGroup, float] = weakref.WeakKeyDic
 
 
 def gbit_per_second(group: dist.ProcessGroup) -> float:
-    """Of the slowest rank: bits it sends in a ring, over time. A collective call, the first time: of some 0.1 s."""
+    """Of the slowest rank: bits it sends in a ring, over time. A collective call, the first time: of 0.2 to 0.5 s."""
     if group not in _known:
         _known[group] = _measured(group)
     return _known[group]
