@@ -10,6 +10,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,7 @@ from .collectives import (
     all_gather,
     all_reduce,
     all_to_all,
+    connect,
     exchange,
     hierarchical,
     layout,
@@ -37,7 +39,7 @@ from .errors import ConfigError, RankError
 from .tuned_table import Key, TunedTable
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-PROTOCOL = 3  # of the wire formats and of how messages are cut into shards and chunks
+PROTOCOL = 4  # of the wire formats, of how messages are cut into shards and chunks, and of how these travel
 KEPT = 4096  # decisions: sizes of messages are many where batches vary
 
 
@@ -80,9 +82,16 @@ class Communicator:
         tuned = tuned_lookup.source(config.tuned_table) if policy.gated(config) else tuned_lookup.NONE
         facts |= {"tuned": tuned, "tuned table": config.tuned_digest}
         own = {"node": topology.node_name(), "host": topology.host_name()}
-        everyone = exchange.compare(facts, group, group not in _compared, own)
-        _compared.add(group)
+        facts["transport"] = connect.transport()
+        connects = not cuda and self.world > 1 and config.algorithm != "exact" and not connect.tried(group)
+        with connect.Listener() if connects and facts["transport"] == connect.TCP else nullcontext() as listener:
+            own["invitation"] = listener and listener.invitation
+            everyone = exchange.compare(facts, group, group not in _compared, own)
+            _compared.add(group)
+            if listener:
+                self._connect(listener, [own["invitation"] for own in everyone])
         self.facts = policy.Facts(self.world, device, nodes=topology.Nodes.of([own["node"] for own in everyone]))
+        self.facts = replace(self.facts, direct=connect.mesh(group) is not None)
         policy.algorithm(config, self.world, self.facts.nodes)  # says at once if nodes do not fit it
         self.facts = replace(
             self.facts, link=forced.name if forced else self._link(len({own["host"] for own in everyone}))
@@ -100,6 +109,21 @@ class Communicator:
         transport = self.group._get_backend(device).name()  # a group without a named one has one for each device
         return tuned_lookup.key_of(device, self.world, nodes, transport, PROTOCOL)
 
+    def _connect(self, listener: connect.Listener, invitations: list) -> None:
+        """The group's own connections, on every rank or on none."""
+        mesh, why = listener.connect(self.group, invitations)
+        reasons = [own["why"] for own in exchange.compare({}, self.group, own={"why": why})]
+        if lost := [f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why]:
+            mesh = mesh and mesh.close()
+            if self._rank == 0:
+                warnings.warn(
+                    f"the ranks cannot reach each other directly, so bytes go by torch.distributed, which is slower: "
+                    f"name the right interface with GLOO_SOCKET_IFNAME, open the ports between the hosts, or say "
+                    f"LOWBIT_TRANSPORT=torch ({'; '.join(lost)})",
+                    stacklevel=4,
+                )
+        connect.keep(self.group, mesh)
+
     def _tuned(self) -> TunedTable | None:
         """Rank 0's, on every rank."""
         own = tuned_lookup.told(self.config.tuned_table, self.key) if self._rank == 0 else {}
@@ -115,7 +139,7 @@ class Communicator:
         """Gloo carries tensors of GPUs too, and a group of NCCL may have gloo: of the others nothing is known."""
         if x.device.type == self.facts.device:
             return self.facts
-        return replace(self.facts, device=x.device.type, link=links.UNKNOWN, tuned=None)
+        return replace(self.facts, device=x.device.type, link=links.UNKNOWN, tuned=None, direct=False)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -207,15 +231,13 @@ class Communicator:
         """The exchange of an all-reduce, counted: what is left to decode, or the sum if nothing was encoded."""
         if decision is None:
             decision = self._decide(x, site)
-        if decision.algorithm == "exact":
-            result = (
-                all_reduce.exact(x, self.group)
-                if x.numel() and self.world > 1
-                else x.clone(memory_format=torch.contiguous_format)
-            )
-            sent = telemetry.ring_bytes(x.numel() * x.itemsize, self.world)
-        else:
+        if decision.algorithm != "exact":
             result, sent = self._compressed(x.contiguous(), decision, site)
+        elif decision.way:
+            result, sent = self._flat(x.contiguous(), decision.way, decision.chunks, [plain(x.dtype)] * 2)
+        else:
+            result = all_reduce.exact(x, self.group) if x.numel() and self.world > 1 else _copy(x)
+            sent = telemetry.ring_bytes(x.numel() * x.itemsize, self.world)
         self._count(x, site, decision, sent, telemetry.ring_bytes(2 * x.numel(), self.world))
         return result
 
@@ -223,18 +245,25 @@ class Communicator:
         self, x: torch.Tensor, decision: policy.Decision, site: str
     ) -> tuple[all_reduce.Summands | torch.Tensor, int]:
         """(what is left to decode, or the sum where decoding overlapped with the exchange; bytes sent)"""
-        if decision.algorithm == "hierarchical":
-            names = ("scatter", "outer scatter", "outer gather")
-            legs, nodes = hierarchical.Legs(*(self._codec(leg, site) for leg in names)), self.facts.nodes
-            if decision.chunks:
-                return hierarchical.in_chunks(x, legs, nodes, decision.chunks, self.group, self._workspace)
-            summands = hierarchical.in_one_go(x, legs, nodes, self.group, self._workspace)
-            return summands, summands.sent
-        once = decision.algorithm == "one-shot"
-        codecs = [self._codec(leg, site) for leg in (("scatter",) if once else ("scatter", "gather"))]
+        if decision.algorithm != "hierarchical":
+            legs = ("scatter",) if decision.algorithm == "one-shot" else ("scatter", "gather")
+            return self._flat(x, decision.algorithm, decision.chunks, [self._codec(leg, site) for leg in legs])
+        names = ("scatter", "outer scatter", "outer gather")
+        legs, nodes = hierarchical.Legs(*(self._codec(leg, site) for leg in names)), self.facts.nodes
         if decision.chunks:
+            return hierarchical.in_chunks(x, legs, nodes, decision.chunks, self.group, self._workspace)
+        summands = hierarchical.in_one_go(x, legs, nodes, self.group, self._workspace)
+        return summands, summands.sent
+
+    def _flat(
+        self, x: torch.Tensor, algorithm: str, chunks: int, codecs: Sequence[Codec]
+    ) -> tuple[all_reduce.Summands | torch.Tensor, int]:
+        """One-shot or two-step, as `_compressed`."""
+        once = algorithm == "one-shot"
+        codecs = codecs[:1] if once else codecs
+        if chunks:
             way = pipeline.one_shot if once else pipeline.two_step
-            return way(x, *codecs, decision.chunks, self.group, self._workspace)
+            return way(x, *codecs, chunks, self.group, self._workspace)
         way = all_reduce.one_shot if once else all_reduce.two_step
         summands = way(x, *codecs, self.group, self._workspace)
         return summands, summands.sent
@@ -325,6 +354,10 @@ class Communicator:
             backend="" if decision.algorithm == "exact" else backend.of(x.device),  # asking takes longer than counting
             fallback=decision.fallback,
         )
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _check(x: torch.Tensor) -> None:

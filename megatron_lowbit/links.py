@@ -23,7 +23,8 @@ class Link:
 
     gbit: it is one on which an exact all-reduce reaches at most so many Gbit/s per rank. eligible: bytes, see above.
     worth: (ranks at least, bytes for most codecs, bytes for trellis codes and split outliers). chunk: bytes of the
-    message that travel at once, ranks being 2 and more; 0: all, by the backend's own collectives.
+    message that travel at once, ranks being 2 and more; 0: all, by the backend's own collectives. once: bytes up to
+    which more than two ranks send an exact message to each other as it is, rather than a shard of it twice.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Link:
     worth: tuple[tuple[int, int, int], ...]
     chunk: tuple[int, int]
     source: str
+    once: int = 32 << 10
 
     def __post_init__(self) -> None:
         for ranks, *sizes in self.worth:

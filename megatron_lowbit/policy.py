@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .collectives.topology import Nodes
 from .config import CommConfig
@@ -15,7 +15,8 @@ from .tuned_table import TunedTable
 class Facts:
     """What all ranks of a group know alike.
 
-    device: a type like "cuda"; link: a name in links.LINKS[device]; tuned: what was measured on such a group.
+    device: a type like "cuda"; link: a name in links.LINKS[device]; tuned: what was measured on such a group; direct:
+    whether ranks have connections of their own (collectives/sockets.py).
     """
 
     world: int
@@ -23,6 +24,7 @@ class Facts:
     link: str = UNKNOWN
     nodes: Nodes | None = None
     tuned: TunedTable | None = None
+    direct: bool = False
 
     @property
     def kind(self) -> Link:
@@ -33,18 +35,36 @@ class Facts:
 class Decision:
     """algorithm: the path, such as "two-step" or "exact"; fallback: why exact although a codec is configured, if so.
 
-    chunks: how many parts overlap (collectives/pipeline.py); 0: the backend's own collectives.
+    chunks: how many parts overlap (collectives/pipeline.py); 0: the backend's own collectives. way: of "exact": how
+    values travel as they are, to be summed in fp32 and rounded once, as "one-shot"; "": torch's own all-reduce.
     """
 
     algorithm: str
     fallback: str | None = None
     chunks: int = 0
+    way: str = ""
 
 
 def choose(config: CommConfig, site: str, nbytes: int, facts: Facts, dtype: str = "bf16") -> Decision:
     """The algorithm to all-reduce a message of `nbytes`, in its own dtype: bf16, fp16 or fp32."""
-    if (exact := bypass(config, site, facts.world, nbytes == 0)) is not None:
-        return exact
+    decision = _choose(config, site, nbytes, facts, dtype)
+    if decision.algorithm == "exact" and gated(config) and facts.world > 1 and nbytes:
+        return replace(exact(nbytes, facts), fallback=decision.fallback)
+    return decision
+
+
+def exact(nbytes: int, facts: Facts) -> Decision:
+    """The fastest way to leave a message as it is, of more than one rank: over their own connections if there are any,
+    as gloo's all-reduce takes several times as long for a small message and no less for a large one."""
+    if not facts.direct:
+        return Decision("exact")
+    way = "one-shot" if facts.world == 2 or nbytes <= facts.kind.once else "two-step"
+    return Decision("exact", way=way, chunks=chunks(nbytes, facts))
+
+
+def _choose(config: CommConfig, site: str, nbytes: int, facts: Facts, dtype: str) -> Decision:
+    if (bypassed := bypass(config, site, facts.world, nbytes == 0)) is not None:
+        return bypassed
     if (measured := tuned(config, site, nbytes, facts, dtype)) is not None:
         return measured
     if (reason := too_small(config, site, nbytes, facts)) is not None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import RankError
+from . import connect
 
 # How long ranks wait for each other to compare settings, after the first time: one that does not come by then is in
 # some other collective.
@@ -52,6 +53,9 @@ def guarded(group: dist.ProcessGroup) -> Iterator[None]:
 
 def all_gather(output: torch.Tensor, piece: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Every rank's `piece` (uint8, of one length on all ranks) -> output, in rank order. Raises RankError."""
+    if (mesh := connect.mesh(group)) is not None and output.device.type == "cpu":
+        world = dist.get_world_size(group)
+        return mesh.all_to_all(output.split(piece.numel()) if piece.numel() else [output] * world, [piece] * world)
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
     with guarded(group):
         gather(output, piece, group=group)
@@ -61,6 +65,8 @@ def all_to_all(
     output: torch.Tensor, pieces: torch.Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup
 ) -> None:
     """pieces: `sent[r]` bytes for each rank r, in order -> output: `received[r]` bytes from each. Raises RankError."""
+    if (mesh := connect.mesh(group)) is not None and output.device.type == "cpu":
+        return mesh.all_to_all(output.split(received), pieces.split(sent))
     with guarded(group):
         dist.all_to_all_single(output, pieces, received, sent, group=group)
 

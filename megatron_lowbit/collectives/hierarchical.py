@@ -29,8 +29,9 @@ from ..codecs.base import Codec
 from .all_reduce import Summands, reduce_shard
 from .exchange import Workspace, all_to_all
 from .layout import Shards, shard
-from .pipeline import GATHER, SCATTER, Chunks, Exchange, staggered
+from .pipeline import Chunks, staggered
 from .topology import Nodes
+from .transfers import GATHER, SCATTER, exchange
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,10 @@ class _Chunked:
         between = lambda wires: {me.between[node]: wires[node] for node in self.nodes}  # noqa: E731
         self.exchanges = [
             (
-                Exchange(inside(self.received[chunk]), group, SCATTER),
-                Exchange(between(self.arrived[chunk]), group, SCATTER),
-                Exchange(between(self._sums(me.place, chunk)), group, GATHER),
-                Exchange(inside([sums[chunk] for sums in self.sums]), group, GATHER),
+                exchange(inside(self.received[chunk]), group, SCATTER),
+                exchange(between(self.arrived[chunk]), group, SCATTER),
+                exchange(between(self._sums(me.place, chunk)), group, GATHER),
+                exchange(inside([sums[chunk] for sums in self.sums]), group, GATHER),
             )
             for chunk in range(count)
         ]
@@ -195,10 +196,10 @@ class _Chunked:
         wires = self._wires(name, [count * size for size in sizes])
         return [chunk.view(count, size) for chunk, size in zip(wires, sizes)]
 
-    def _send(self, chunk: int, exchange: int, wires: dict[int, torch.Tensor]) -> None:
+    def _send(self, chunk: int, step: int, wires: dict[int, torch.Tensor]) -> None:
         """wires: by rank."""
         self.nbytes += sum(wire.numel() for wire in wires.values())
-        self.sending += self.exchanges[chunk][exchange].send(wires)
+        self.sending += self.exchanges[chunk][step].send(wires)
 
 
 def _sum_into_parts(legs: Legs, wires: torch.Tensor, parts: Shards, out: torch.Tensor, workspace: Workspace) -> None:

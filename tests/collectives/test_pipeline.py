@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import megatron_lowbit as lowbit
-from megatron_lowbit.collectives import all_reduce, pipeline
+from megatron_lowbit.collectives import all_reduce, connect, pipeline, transfers
 from megatron_lowbit.collectives.exchange import Workspace
 from megatron_lowbit.collectives.layout import shard
+from megatron_lowbit.communicator import communicator
 from megatron_lowbit.spec import parse
 from tests.ranks import run_ranks
 
@@ -27,9 +28,12 @@ def partial(rank: int, shape) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(rank)).bfloat16()
 
 
-def _every_count(rank, world):
+def _every_count(rank, world, transport):
     import torch.distributed as dist
 
+    if transport == "tcp":
+        communicator(None, lowbit.CommConfig())
+    assert (connect.mesh(dist.group.WORLD) is not None) == (transport == "tcp")
     group, workspace, found, sent = dist.group.WORLD, Workspace(), [], []
     for spec in SPECS:
         codecs = [lowbit.codec(str(leg)) for leg in (parse(spec).scatter, parse(spec).gather)]
@@ -46,9 +50,10 @@ def _every_count(rank, world):
     return {"found": found, "sent": sent}
 
 
+@pytest.mark.parametrize("transport", ["tcp", "torch"])
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_any_number_of_chunks_gives_the_bits_of_the_simulation(world):
-    ranks = run_ranks(world, _every_count)
+def test_any_number_of_chunks_gives_the_bits_of_the_simulation(world, transport):
+    ranks = run_ranks(world, _every_count, transport)
     results = iter(zip(*(rank["found"] for rank in ranks), strict=True))
     for spec in SPECS:
         for shape in SHAPES:
@@ -63,7 +68,7 @@ def test_any_number_of_chunks_gives_the_bits_of_the_simulation(world):
 def _in_batches(rank, world):
     import torch.distributed as dist
 
-    pipeline.in_batches = lambda group: True  # as on NCCL; in this rank's process only
+    transfers.in_batches = lambda group: True  # as on NCCL; in this rank's process only
     x, codec, calls, batch = partial(rank, (40, 256)), lowbit.codec("int4:g32"), [], dist.batch_isend_irecv
     dist.batch_isend_irecv = lambda steps: calls.append(len(steps)) or batch(steps)
     one, _ = pipeline.one_shot(x, codec, 3, dist.group.WORLD, Workspace())
@@ -116,7 +121,7 @@ class _Interrupted(Exception):
     """Stands for Ctrl-C, or memory that ran out."""
 
 
-def _is_interrupted(rank, world):
+def _is_interrupted(rank, world, transport):
     import torch.distributed as dist
 
     class Stops:
@@ -136,7 +141,10 @@ def _is_interrupted(rank, world):
 
     x, messages = partial(rank, (40, 256)), []
     group, other = dist.group.WORLD, dist.new_group([0, 1])
-    with pytest.raises(_Interrupted):
+    if transport == "tcp":
+        for each in (group, other):
+            communicator(each, lowbit.CommConfig())
+    with pytest.raises((_Interrupted, lowbit.RankError)):  # or the other one's end is seen first
         pipeline.one_shot(x, Stops(), 8, group, Workspace())
     for _ in range(2):
         try:  # another communicator of this group, as it were
@@ -149,9 +157,10 @@ def _is_interrupted(rank, world):
     return {"messages": messages, "fine": fine, "total": total}
 
 
-def test_a_group_that_was_interrupted_is_refused_at_once_and_others_are_not():
+@pytest.mark.parametrize("transport", ["tcp", "torch"])
+def test_a_group_that_was_interrupted_is_refused_at_once_and_others_are_not(transport):
     expected = lowbit.simulate.all_reduce([partial(rank, (40, 256)) for rank in range(2)], "int4:g32", "one-shot")
-    for rank, found in enumerate(run_ranks(2, _is_interrupted, timeout=30)):
+    for rank, found in enumerate(run_ranks(2, _is_interrupted, transport, timeout=30)):
         assert len(found["messages"]) == 2
-        assert all(f"rank {rank} was interrupted in an earlier all-reduce" in text for text in found["messages"])
+        assert all(f"rank {rank} was interrupted in an earlier collective" in text for text in found["messages"])
         assert torch.equal(found["fine"], expected) and torch.equal(found["total"], torch.full((3,), 2.0))

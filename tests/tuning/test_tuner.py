@@ -171,7 +171,7 @@ def _loses_a_rank(rank, world, folder):
 
 def test_a_lost_rank_is_named_as_such(tmp_path):
     run_ranks(2, _loses_a_rank, str(tmp_path), timeout=60, dead=(0, 1))
-    assert "rank 0 lost the other ranks of its group of 2" in (tmp_path / "said").read_text()
+    assert "rank 0 lost rank 1 of its group of 2" in (tmp_path / "said").read_text()
 
 
 @pytest.mark.parametrize(
