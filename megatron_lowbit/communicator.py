@@ -32,6 +32,7 @@ from .collectives import (
     pipeline,
     probe,
     reduce_scatter,
+    results,
     topology,
 )
 from .config import CommConfig
@@ -184,7 +185,7 @@ class Communicator:
         summands, residual = self._all_reduce(x, site), residual.detach().contiguous()
         if not isinstance(summands, torch.Tensor):
             return summands.add_rmsnorm(residual, weight.detach(), eps, offset)
-        normed, shape = torch.empty_like(summands), rows_of(x.shape)
+        normed, shape = results.empty_like(summands), rows_of(x.shape)
         if x.numel():
             tensors = residual.view(shape), weight.detach(), eps, offset, normed.view(shape)
             add_rmsnorm(summands.view(shape), *tensors)
@@ -357,7 +358,7 @@ class Communicator:
 
 
 def _copy(x: torch.Tensor) -> torch.Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
+    return results.empty_like(x).copy_(x)
 
 
 def _check(x: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ..codecs import fused
 from ..codecs.base import Codec, rows_of
-from . import pieces
+from . import pieces, results
 from .exchange import Workspace, all_gather, all_to_all, guarded
 from .layout import Shards, shard
 
@@ -38,7 +38,7 @@ class Summands:
 
     def result(self, x: torch.Tensor) -> torch.Tensor:
         """The sum, a new contiguous tensor of x's shape and dtype."""
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out = results.empty_like(x)
         if self.shards is None:
             self.codec.reduce_rows(self.wires, out.view(rows_of(x.shape)))
         else:
@@ -49,7 +49,7 @@ class Summands:
         self, residual: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(RMSNorm of the sum + residual, the sum + residual): new tensors like residual, contiguous."""
-        normed, summed, shape = torch.empty_like(residual), torch.empty_like(residual), rows_of(residual.shape)
+        normed, summed, shape = results.empty_like(residual), results.empty_like(residual), rows_of(residual.shape)
         tensors = residual.view(shape), weight.contiguous(), eps, offset, normed.view(shape), summed.view(shape)
         fused.reduce_add_rmsnorm(self.codec, self.wires, self.shards and self.shards.bounds, *tensors)
         return normed, summed
@@ -99,7 +99,7 @@ def decode_shards(wires: torch.Tensor, shards: Shards, gather: Codec, out: torch
 
 def exact(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """torch.distributed's own all-reduce, on a copy."""
-    out = x.clone(memory_format=torch.contiguous_format)
+    out = results.empty_like(x).copy_(x)
     with guarded(group):
         dist.all_reduce(out, group=group)
     return out

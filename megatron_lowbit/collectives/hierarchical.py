@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from ..codecs import fused
 from ..codecs.base import Codec
+from . import results
 from .all_reduce import Summands, reduce_shard
 from .exchange import Workspace, all_to_all
 from .layout import Shards, shard
@@ -117,7 +118,7 @@ class _Chunked:
     ) -> None:
         self.x, self.legs, self.me, self.workspace, self.sending, self.nbytes = x, legs, me, workspace, [], 0
         width, depth = len(me.inside), len(me.between)
-        self.chunks, self.out = Chunks(legs.cut(x.shape, width), count), torch.empty_like(x)
+        self.chunks, self.out = Chunks(legs.cut(x.shape, width), count), results.empty_like(x)
         self.source, self.target = (self.chunks.shards.of_all(tensor) for tensor in (x, self.out))
         self.places = [(me.place + distance) % width for distance in range(1, width)]  # the next first
         self.nodes = [(me.node + distance) % depth for distance in range(1, depth)]

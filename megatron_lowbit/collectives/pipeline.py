@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from ..codecs import fused
 from ..codecs.base import Codec
+from . import results
 from .exchange import Workspace
 from .layout import Shards, shard
 from .transfers import GATHER, SCATTER, exchange, filled, others, wait, whole
@@ -62,7 +63,7 @@ def one_shot(
 ) -> tuple[torch.Tensor, int]:
     """x contiguous, not empty -> (its sum over the group, bytes sent)."""
     world, me = dist.get_world_size(group), dist.get_rank(group)
-    chunks, out, peers = Chunks(shard(x.shape, (codec,), 1), count), torch.empty_like(x), others(me, world)
+    chunks, out, peers = Chunks(shard(x.shape, (codec,), 1), count), results.empty_like(x), others(me, world)
     source, target = chunks.shards.of_all(x), chunks.shards.of_all(out)
     sizes = chunks.nbytes(codec, 0)
     received = [
@@ -92,7 +93,7 @@ def two_step(
 ) -> tuple[torch.Tensor, int]:
     """As `one_shot`, with one codec per hop."""
     world, me = dist.get_world_size(group), dist.get_rank(group)
-    chunks, out = Chunks(shard(x.shape, (scatter, gather), world), count), torch.empty_like(x)
+    chunks, out = Chunks(shard(x.shape, (scatter, gather), world), count), results.empty_like(x)
     source, target = chunks.shards.of_all(x), chunks.shards.of_all(out)
     everyone, peers = range(world), others(me, world)
     sent = {rank: _split(workspace, f"send {rank}", chunks.nbytes(scatter, rank), x.device) for rank in peers}
