@@ -2,7 +2,7 @@
 
 Ranks run in network namespaces, one on each host, over gloo (shaped_network.py; needs root). Without root they run on
 loopback, which is said. Times are medians over repeats of the slowest rank's. `gate` is what a user gets who names
-nothing but a spec; every other row compresses whatever the size.
+nothing but a spec, and `direct` how it sends what it leaves exact; every other row compresses whatever the size.
 
     python benchmarks/link.py --rate-gbit 1 --ranks 2 --bytes 65536 8388608 --comm int4:g32 gauss4:g128
     python benchmarks/link.py --rate-gbit 0.2 1 5 --ranks 2 4 --json benchmarks/results/link.json --plot docs/link.png
@@ -50,6 +50,7 @@ EXACT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BASE = "bf16"  # what others are compared with
 SITE = "all_reduce"
 GATE = "gate"
+DIRECT = "direct"  # exact, over connections of our own
 WARM_UP = 2
 SMALL, CALLS = 1 << 20, 8  # smaller messages are so many to a measurement: a wake-up takes as long as one
 SECONDS = 900
@@ -65,6 +66,7 @@ def worker(job: dict) -> None:
         values = nbytes // 2
         x = torch.randn(max(values // FEATURES, 1), min(FEATURES, values)).bfloat16()
         operations = {(name, "exact"): partial(exact, x.to(dtype)) for name, dtype in EXACT.items()}
+        operations |= left_alone(x)
         for spec, algorithm in product(job["specs"], job["algorithms"]):
             name, _, outer = algorithm.partition(" ")
             options = {} if name == GATE else {"algorithm": name, "min_bytes": 0, "outer_spec": outer or None}
@@ -80,6 +82,13 @@ def worker(job: dict) -> None:
 
 def exact(x: torch.Tensor) -> None:
     dist.all_reduce(x.clone())  # a copy, as everything else leaves its input as it is
+
+
+def left_alone(x: torch.Tensor) -> dict[tuple[str, str], Callable[[], torch.Tensor]]:
+    """What the gate does with a message that it does not compress."""
+    way = communicator_of(x, "int8:g128")
+    decision = policy.exact(x.nbytes, way.facts)
+    return {(BASE, DIRECT): partial(way.all_reduce_by, decision, x)} if decision.way else {}
 
 
 def compressed(x: torch.Tensor, spec: str, **options) -> Callable[[], torch.Tensor]:
@@ -230,7 +239,7 @@ def link(
     else:
         with shaped_network.shaped_network([ranks] * count, rate, outer, delay_ms=delay_ms) as hosts:
             found = json.loads(shaped_network.run_ranks(hosts, program, SECONDS))
-    base = {row["bytes"]: row["median_ms"] for row in found if row["spec"] == BASE}
+    base = {row["bytes"]: row["median_ms"] for row in found if (row["spec"], row["algorithm"]) == (BASE, "exact")}
     for row in found:
         wire = row["bytes_sent"] * 8e-6 / rate if rate else None
         row |= {"rate_gbit": rate, "ranks": count * ranks, "ratio_to_gloo_bf16": base[row["bytes"]] / row["median_ms"]}

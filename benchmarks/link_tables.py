@@ -50,7 +50,7 @@ def chunks(result: Result, measured: Measured) -> Table:
         f"Times faster than gloo's bf16 all-reduce, `{rows[0]['spec']}`, {rows[0]['bytes'] >> 20} MiB; medians of "
         f"{result['repeats']}. {measured(result)}"
     )
-    names = {"collectives": "gloo's collectives", "1 chunks": "in one piece"}
+    names = {"collectives": "unchunked", "1 chunks": "in one piece"}
     return ["link", *(names.get(name, name) for name in dict.fromkeys(row["algorithm"] for row in rows))], lines, note
 
 

@@ -56,10 +56,11 @@ def choose(config: CommConfig, site: str, nbytes: int, facts: Facts, dtype: str 
 def exact(nbytes: int, facts: Facts) -> Decision:
     """The fastest way to leave a message as it is, of more than one rank: over their own connections if there are any,
     as gloo's all-reduce takes several times as long for a small message and no less for a large one."""
-    if not facts.direct:
+    once = facts.world == 2 or nbytes <= facts.kind.once
+    shared = facts.nodes is not None and 1 < len(facts.nodes.members) < facts.world  # uplinks, which a ring spares
+    if not facts.direct or (shared and not once):
         return Decision("exact")
-    way = "one-shot" if facts.world == 2 or nbytes <= facts.kind.once else "two-step"
-    return Decision("exact", way=way, chunks=chunks(nbytes, facts))
+    return Decision("exact", way="one-shot" if once else "two-step", chunks=chunks(nbytes, facts))
 
 
 def _choose(config: CommConfig, site: str, nbytes: int, facts: Facts, dtype: str) -> Decision:

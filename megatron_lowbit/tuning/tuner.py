@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from .. import simulate, spec, tuned_table
+from .. import policy, simulate, spec, tuned_table
 from ..calibration_file import FRACTION, Calibration
 from ..collectives.exchange import guarded
-from ..communicator import communicator
+from ..communicator import DTYPES, communicator
 from ..config import CommConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, RankError
 from ..policy import Decision
 from ..ranges import Ranges
 from ..tuned_table import EXACT, MARGIN, Candidate, Row, TunedTable
@@ -128,7 +128,13 @@ class Tuner:
         features = min(FEATURES, values)
         generator = torch.Generator().manual_seed(dist.get_rank(self.group))
         x = torch.randn(values // features, features, generator=generator).to(dtype).to(self._comm.facts.device)
-        return Message(x, self._run(Candidate(EXACT), x), self.group)
+        message = Message(x, self._comm.all_reduce_by(Decision(EXACT), x, SITE), self.group)
+        expected = message.expected(lambda partials: simulate.all_reduce(partials, DTYPES[dtype], "one-shot"))
+        if self._exact(x).way and (flaw := message.flaw(self._run(Candidate(EXACT), x), expected)):
+            raise RankError(
+                f"exact sums over the ranks' own connections are {flaw}, for {nbytes} bytes: use LOWBIT_TRANSPORT=torch"
+            )
+        return message
 
     def _failed(
         self, ways: Sequence[Candidate], message: Message, text: str, calibration: Calibration | None, deadline: float
@@ -181,7 +187,12 @@ class Tuner:
         return taken
 
     def _run(self, way: Candidate, x: torch.Tensor) -> torch.Tensor:
-        return self._comm.all_reduce_by(Decision(way.algorithm, chunks=way.chunks), x, SITE)
+        decision = self._exact(x) if way.algorithm == EXACT else Decision(way.algorithm, chunks=way.chunks)
+        return self._comm.all_reduce_by(decision, x, SITE)
+
+    def _exact(self, x: torch.Tensor) -> Decision:
+        """As the gate leaves a message."""
+        return policy.exact(x.nbytes, self._comm.facts)
 
     def _now(self) -> float:
         self._slowest(0.0)

@@ -27,7 +27,7 @@ def test_every_operation_in_turn(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "link.json").read_text())["rows"]
     found = {(row["bytes"], row["spec"], row["algorithm"]): row for row in rows}
-    assert len(found) == len(rows) == 2 * (3 + 2)
+    assert len(found) == len(rows) == 2 * (4 + 2)
     try:
         shaped_network.check()
         rate = 1.0

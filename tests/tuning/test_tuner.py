@@ -122,6 +122,28 @@ def test_a_wrong_candidate_is_named_and_neither_timed_nor_chosen(how, culprits, 
         assert digest == results[0][4]
 
 
+def _spoils_exact(rank, world):
+    honest = pipeline.one_shot
+
+    def spoiled(x, codec, *args):
+        out, sent = honest(x, codec, *args)
+        if rank == 1 and codec.spec == "bf16":
+            _wrong_sum(out)
+        return out, sent
+
+    with mock.patch.object(pipeline, "one_shot", spoiled):
+        try:
+            _tuned(Job(("int4:g32",), ("bf16",), (SMALL,), 600.0))
+        except lowbit.RankError as error:
+            return str(error)
+
+
+def test_wrong_exact_sums_over_own_connections_end_it_on_every_rank():
+    for message in run_ranks(2, _spoils_exact):
+        assert "exact sums over the ranks' own connections are not what one process computes" in message
+        assert "on rank 1" in message and "LOWBIT_TRANSPORT=torch" in message
+
+
 def _short_of_time(rank, world, budget):
     """Clocks tick with every look at them; rank 1's runs faster."""
     ticks = itertools.count(0, 1 + rank)
