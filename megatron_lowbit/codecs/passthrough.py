@@ -15,6 +15,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Passthrough(Codec):
+    numba = "cpu_passthrough"
+
     def __init__(self, leg: Leg) -> None:
         self.spec = str(leg)
         self.dtype = DTYPES[leg.name]
