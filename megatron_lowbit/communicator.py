@@ -10,14 +10,13 @@ import os
 import warnings
 import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, which imports Dynamo at once
 
-from . import links, policy, telemetry, tuned_lookup
+from . import handshake, links, policy, telemetry
 from .codecs import Codec, backend, plain
 from .codecs.base import check_tensor, rows_of
 from .codecs.fused import add_rmsnorm, check_norm
@@ -25,22 +24,18 @@ from .collectives import (
     all_gather,
     all_reduce,
     all_to_all,
-    connect,
     exchange,
     hierarchical,
     layout,
     pipeline,
-    probe,
     reduce_scatter,
     results,
-    topology,
 )
 from .config import CommConfig
 from .errors import ConfigError, RankError
 from .tuned_table import Key, TunedTable
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-PROTOCOL = 4  # of the wire formats, of how messages are cut into shards and chunks, and of how these travel
 KEPT = 4096  # decisions: sizes of messages are many where batches vary
 
 
@@ -61,44 +56,7 @@ class Communicator:
         self._tuned_for: set[tuple[str, str]] = set()  # (spec, dtype) that were looked for
         self._decided: dict[tuple[str, int, torch.dtype, str], policy.Decision] = {}
         self._workspace = exchange.Workspace()
-        cuda = str(dist.get_backend(group)) == "nccl"  # a group of gloo and NCCL serves CPU tensors too
-        from . import __version__
-
-        facts = {
-            "version": __version__,
-            "protocol": PROTOCOL,
-            "spec": config.spec,
-            "algorithm": policy.wanted(config),
-            "size gate": "on" if policy.gated(config) else "off",  # also off if what a plan wants is named
-            "outer_spec": config.outer_spec,
-            "min_bytes": config.min_bytes,
-            "sites": config.sites and list(config.sites),
-            "calibration": config.calibration_digest,
-            "plan": config.plan_digest,
-            "backend": backend.of(torch.device("cuda" if cuda else "cpu")),
-        }
-        device = "cuda" if cuda else "cpu"
-        forced = links.from_environment(device)
-        facts["link"] = forced and forced.name
-        tuned = tuned_lookup.source(config.tuned_table) if policy.gated(config) else tuned_lookup.NONE
-        facts |= {"tuned": tuned, "tuned table": config.tuned_digest}
-        own = {"node": topology.node_name(), "host": topology.host_name()}
-        facts["transport"] = connect.transport()
-        connects = not cuda and self.world > 1 and config.algorithm != "exact" and not connect.tried(group)
-        with connect.Listener() if connects and facts["transport"] == connect.TCP else nullcontext() as listener:
-            own["invitation"] = listener and listener.invitation
-            everyone = exchange.compare(facts, group, group not in _compared, own)
-            _compared.add(group)
-            if listener:
-                self._connect(listener, [own["invitation"] for own in everyone])
-        self.facts = policy.Facts(self.world, device, nodes=topology.Nodes.of([own["node"] for own in everyone]))
-        self.facts = replace(self.facts, direct=connect.mesh(group) is not None)
-        policy.algorithm(config, self.world, self.facts.nodes)  # says at once if nodes do not fit it
-        self.facts = replace(
-            self.facts, link=forced.name if forced else self._link(len({own["host"] for own in everyone}))
-        )
-        if tuned != tuned_lookup.NONE and self.world > 1:
-            self.facts = replace(self.facts, tuned=self._tuned())
+        self.facts = handshake.meet(group, config)
         for statistics in (config.calibrated, config.planned):
             if statistics is not None and self.world > 1:
                 statistics.check(tp=self.world)
@@ -106,35 +64,7 @@ class Communicator:
     @property
     def key(self) -> Key:
         """What a tuned table of this group is made for, as this rank sees it."""
-        nodes, device = tuple(map(len, self.facts.nodes.members)), torch.device(self.facts.device)
-        transport = self.group._get_backend(device).name()  # a group without a named one has one for each device
-        return tuned_lookup.key_of(device, self.world, nodes, transport, PROTOCOL)
-
-    def _connect(self, listener: connect.Listener, invitations: list) -> None:
-        """The group's own connections, on every rank or on none."""
-        mesh, why = listener.connect(self.group, invitations)
-        reasons = [own["why"] for own in exchange.compare({}, self.group, own={"why": why})]
-        if lost := [f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why]:
-            mesh = mesh and mesh.close()
-            if self._rank == 0:
-                warnings.warn(
-                    f"the ranks cannot reach each other directly, so bytes go by torch.distributed, which is slower: "
-                    f"name the right interface with GLOO_SOCKET_IFNAME, open the ports between the hosts, or say "
-                    f"LOWBIT_TRANSPORT=torch ({'; '.join(lost)})",
-                    stacklevel=4,
-                )
-        connect.keep(self.group, mesh)
-
-    def _tuned(self) -> TunedTable | None:
-        """Rank 0's, on every rank."""
-        own = tuned_lookup.told(self.config.tuned_table, self.key) if self._rank == 0 else {}
-        return tuned_lookup.heard(exchange.compare({}, self.group, own=own)[0])
-
-    def _link(self, hosts: int) -> str:
-        """The kind of link between these ranks, measured where there is one: for the gate, and for how to cut."""
-        if self.facts.device == "cpu" and hosts > 1 and self.config.algorithm != "exact":
-            return links.reaching(probe.gbit_per_second(self.group)).name
-        return links.UNKNOWN
+        return handshake.key(self.group, self.facts)
 
     def _facts_for(self, x: torch.Tensor) -> policy.Facts:
         """Gloo carries tensors of GPUs too, and a group of NCCL may have gloo: of the others nothing is known."""
@@ -376,7 +306,6 @@ def _every_call_is_checked() -> bool:
 
 _communicators: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[CommConfig, Communicator]]
 _communicators = weakref.WeakKeyDictionary()
-_compared: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 
 @untraced

@@ -17,8 +17,9 @@ from importlib.util import find_spec
 import torch
 import torch.distributed as dist
 
-from .. import __version__, communicator, links, tuned_lookup
+from .. import __version__, communicator, handshake, links, tuned_lookup
 from ..codecs import backend, codec
+from ..collectives import connect
 from ..errors import ConfigError
 from ..tuned_table import TunedTable
 from . import launch
@@ -47,7 +48,7 @@ PACKAGES = {  # distributions that may hold what is imported by this name, and t
     "transformer_engine": ("transformer-engine transformer-engine-cu12 transformer-engine-torch", None),
     "apex": ("apex", None),
 }
-VARIABLES = ("LOWBIT_BACKEND", "LOWBIT_CHECK", "LOWBIT_LINK", "LOWBIT_NODE", "LOWBIT_TUNED")
+VARIABLES = ("LOWBIT_BACKEND", "LOWBIT_CHECK", "LOWBIT_LINK", "LOWBIT_NODE", "LOWBIT_TRANSPORT", "LOWBIT_TUNED")
 OTHERS = ("LOWBIT_BROWSER", "LOWBIT_DEEPSPEED_SHM")  # of this repository's own tests
 OLDEST_PYTHON, OLDEST_TORCH = (3, 10), (2, 6)
 SPEC, VALUES, SECONDS = "int4:g32", 1 << 21, 0.3
@@ -140,6 +141,7 @@ def settings() -> Iterator[Finding]:
         "LOWBIT_BACKEND": lambda: backend.of(torch.device("cpu")),
         "LOWBIT_CHECK": communicator._every_call_is_checked,
         "LOWBIT_LINK": lambda: links.from_environment("cuda" if torch.cuda.is_available() else "cpu"),
+        "LOWBIT_TRANSPORT": connect.transport,
         "LOWBIT_TUNED": lambda: _named_table(),
     }
     for name in VARIABLES:
@@ -252,7 +254,7 @@ def _as_here(table: TunedTable):
     key = table.key
     cuda = key.backend == "nccl" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    here = tuned_lookup.key_of(device, key.world, key.nodes, key.backend, communicator.PROTOCOL)
+    here = tuned_lookup.key_of(device, key.world, key.nodes, key.backend, handshake.PROTOCOL)
     return here if cuda or key.backend != "nccl" else replace(here, device="no GPU")
 
 

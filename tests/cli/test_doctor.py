@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_lowbit import communicator, tuned_lookup
+from megatron_lowbit import handshake, tuned_lookup
 from megatron_lowbit.__main__ import main
 from megatron_lowbit.cli import doctor
 from megatron_lowbit.codecs import backend
@@ -59,6 +59,7 @@ def test_a_healthy_machine(capsys):
         ("LOWBIT_BACKEND", "cuda", "LOWBIT_BACKEND='cuda' is unknown: use one of reference, numba, triton"),
         ("LOWBIT_CHECK", "yes", "LOWBIT_CHECK='yes' is unknown: set it to 1 or 0"),
         ("LOWBIT_LINK", "quick", "link 'quick' is unknown: use one of"),
+        ("LOWBIT_TRANSPORT", "udp", "LOWBIT_TRANSPORT='udp' is unknown: use tcp or torch"),
         ("LOWBIT_TUNED", "absent.json", "there is no tuned table absent.json: make one with"),
         ("LOWBIT_BAKEND", "numba", "LOWBIT_BAKEND is unknown: unset it; there are LOWBIT_BACKEND, "),
     ],
@@ -89,7 +90,7 @@ def test_without_numba_the_codecs_are_slow_and_that_is_a_problem(capsys, monkeyp
 def test_tuned_tables_and_whether_they_fit(capsys):
     folder = tuned_lookup.folder()
     folder.mkdir(parents=True)
-    here = tuned_lookup.key_of(torch.device("cpu"), 4, (2, 2), "gloo", communicator.PROTOCOL)
+    here = tuned_lookup.key_of(torch.device("cpu"), 4, (2, 2), "gloo", handshake.PROTOCOL)
     keys = {
         "fits": here,
         "stale": replace(here, versions=dict(here.versions) | {"torch": "1.0"}),

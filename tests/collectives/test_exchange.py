@@ -167,10 +167,10 @@ def _mismatch(rank, world, kind):
     if kind == "version" and rank == 1:
         lowbit.__version__ = "9.9.9"
     if kind == "protocol" and rank == 1:  # facts alone is what was told then
-        from megatron_lowbit import communicator as module
+        from megatron_lowbit import handshake
         from megatron_lowbit.collectives import exchange
 
-        module.PROTOCOL, dumps = 1, json.dumps
+        handshake.PROTOCOL, dumps = 1, json.dumps
         exchange.json = SimpleNamespace(loads=json.loads, dumps=lambda told, **more: dumps(told[0], **more))
     try:
         if kind == "gate":  # the plan's algorithm, which one rank names too
