@@ -163,6 +163,16 @@ def test_the_fused_norm_of_what_is_left_exact():
         assert torch.allclose(one.float(), expected.float(), rtol=2**-9, atol=2**-9)
 
 
+def _of_another_device(rank, world):
+    known, x = communicator(None, lowbit.CommConfig("int4:g32")), torch.ones(4, 64)
+    ways = [known._decide(each, "s").way for each in (x, x.to("meta"))]
+    return [known.facts.direct, known._facts_for(x.to("meta")).direct, *ways]
+
+
+def test_tensors_of_another_device_stay_torchs():
+    assert run_ranks(2, _of_another_device) == [[True, False, "one-shot", ""]] * 2
+
+
 def _empty(rank, world):
     return [lowbit.all_reduce(torch.zeros(shape), "int4:g32") for shape in ((0,), (3, 0), (0, 64))]
 

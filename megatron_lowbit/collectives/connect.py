@@ -90,7 +90,7 @@ class Listener:
             raise
 
     def _answer(self, connections: dict[int, socket.socket], ranks: range, deadline: float) -> None:
-        """Be called by these ranks. Others may call too, and be silent or slow: nobody waits for them. Raises
+        """Be called by these ranks. Others may call too: of who is silent or slow none is waited for alone. Raises
         OSError."""
         missing = set(ranks)
         with selectors.DefaultSelector() as calls:
@@ -100,21 +100,24 @@ class Listener:
                 while missing:
                     for call, _ in calls.select(_left(deadline)):
                         if call.fileobj is self._socket:
-                            with suppress(BlockingIOError, ConnectionError):  # it has hung up meanwhile
-                                caller, _ = self._socket.accept()
-                                caller.setblocking(False)
-                                calls.register(caller, selectors.EVENT_READ, bytearray())
+                            self._accept(calls)
                         elif (rank := self._who(call.fileobj, call.data)) is not None:
-                            calls.unregister(call.fileobj)
+                            calls.unregister(caller := call.fileobj)
                             if rank in missing:
                                 missing.remove(rank)
-                                connections[rank] = call.fileobj
+                                connections[rank] = caller
                             else:
-                                call.fileobj.close()
+                                caller.close()
             finally:
                 for call in calls.get_map().values():
                     if call.fileobj is not self._socket:
                         call.fileobj.close()
+
+    def _accept(self, calls: selectors.BaseSelector) -> None:
+        with suppress(BlockingIOError, ConnectionError):  # it has hung up meanwhile
+            caller, _ = self._socket.accept()
+            caller.setblocking(False)
+            calls.register(caller, selectors.EVENT_READ, bytearray())
 
     def _who(self, caller: socket.socket, said: bytearray) -> int | None:
         """The rank that calls; -1: a stranger; None: it has not said all yet. said: so far, added to."""

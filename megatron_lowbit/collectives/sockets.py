@@ -118,7 +118,8 @@ class Mesh:
         self._peers |= {other: Peer(other, connection) for other, connection in connections.items()}
 
     def exchange(self, receives: dict[int, torch.Tensor]) -> Exchange:
-        """receives: rank -> where what it sends is to be written: uint8, contiguous, maybe empty. Raises RankError."""
+        """receives: rank -> where what it sends is to be written: uint8 [bytes], contiguous, maybe empty. Raises
+        RankError."""
         if self._closed:
             raise RankError(
                 f"rank {self.rank} was interrupted in an earlier collective of this group, and has closed its "

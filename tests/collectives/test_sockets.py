@@ -304,12 +304,13 @@ def test_a_mesh_that_nobody_holds_closes_its_connections():
     far.close()
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_connection_that_failed_before_the_mesh_was_made():
     far, near = pair()
     near.close()
     with pytest.raises(OSError):
         Mesh(0, {1: near}, 1.0)
-    gc.collect()  # pytest makes an error in __del__ a warning of its own
+    gc.collect()  # of an error in __del__ pytest makes a warning
     far.close()
 
 
