@@ -190,3 +190,45 @@ def test_a_calibration_of_one_leg_may_travel_one_shot_only():
     config = CommConfig("selective4", calibration=random_calibration(["s"], 2, 64, "1/64", sums=False))
     facts = Facts(2, tuned=table({65536: "one-shot/1", 1 << 20: "two-step/2"}, spec="selective4"))
     assert [choose(config, "s", nbytes, facts).algorithm for nbytes in (65536, 1 << 20)] == ["one-shot", "exact"]
+
+
+def test_how_exact_messages_travel_over_the_whole_input_space():
+    def way(algorithm, limit, world, nbytes, link):
+        """Written out."""
+        if algorithm != "auto" or limit is not None or world == 1 or nbytes == 0:
+            return ""
+        return "one-shot" if world == 2 or nbytes <= link.once else "two-step"
+
+    found = set()
+    for algorithm, limit, world, site, paired, dtype, link in itertools.product(
+        ALGORITHMS, (None, 0, 1000), (1, 2, 3, 4, 8), ("a.mlp", "a.attention"), (False, True), ("bf16", "fp32"),
+        LINKS["cpu"],
+    ):  # fmt: skip
+        config = CommConfig("int4:g32", algorithm=algorithm, min_bytes=limit, sites=("*.mlp",))
+        nodes = Nodes.of([rank // 2 for rank in range(world)]) if paired and world % 2 == 0 else None
+        facts, size = Facts(world, "cpu", link.name, nodes), link.chunk[world > 2]
+        sizes = {0, 2, 999, 1000, link.once, link.once + 1, link.eligible - 1, link.eligible, size, 2 * size, 5 << 20}
+        for nbytes in sizes | {1 << 30}:
+            torchs = choose(config, site, nbytes, facts, dtype)
+            ours = choose(config, site, nbytes, replace(facts, direct=True), dtype)
+            assert torchs.way == "" and (ours.algorithm, ours.fallback) == (torchs.algorithm, torchs.fallback)
+            if ours.algorithm != "exact":
+                assert ours == torchs  # what is compressed is not decided here
+                continue
+            assert torchs == Decision("exact", torchs.fallback) and torchs.chunks == 0
+            assert ours.way == way(algorithm, limit, world, nbytes, link)
+            assert ours.chunks == (max(1, round(nbytes / size)) if ours.way else 0)
+            found.add((ours.way, ours.fallback))
+    reasons = {"below min_bytes", "link too fast for the codec", "site not selected"}
+    assert found >= {(way, reason) for way in ("one-shot", "two-step") for reason in reasons} | {("", None)}
+
+
+def test_what_a_plan_or_a_tuned_table_leaves_exact_goes_the_same_way():
+    facts = Facts(2, tuned=table({16384: "exact", 65536: "one-shot/1"}), direct=True)
+    exact = Decision("exact", "exact is faster (tuned)", 1, "one-shot")
+    assert choose(CommConfig("int4:g32"), "s", 16384, facts) == exact
+    config = CommConfig(plan=Plan({"s": "exact", "t": "int8"}, tp=2))
+    assert choose(config, "s", 9 << 20, facts) == Decision("exact", "exact in the plan", 2, "one-shot")
+    for nbytes, way in ((32 << 10, "one-shot"), ((32 << 10) + 1, "two-step")):
+        assert choose(config, "t", nbytes, Facts(3, direct=True)).way == way
+    assert choose(CommConfig(algorithm="exact"), "s", 1 << 20, facts) == Decision("exact")

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import selectors
 import socket
 import struct
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from .sockets import Mesh
 HELLO = struct.Struct("<16sI")  # the secret of who is called, the rank of who calls
 SECONDS = 10.0  # to connect in; all ranks are there, as they have just told their addresses
 SIOCGIFADDR = 0x8915
+LOOPBACK, ANY_PORT = "127.0.0.1", 9
 TCP, TORCH = "tcp", "torch"
 _meshes: weakref.WeakKeyDictionary[dist.ProcessGroup, Mesh | None] = weakref.WeakKeyDictionary()
 
@@ -74,44 +77,72 @@ class Listener:
         """invitations: of all ranks. Returns the connections, or why there are none."""
         if None in invitations:
             return None, self._why
-        connections: dict[int, socket.socket] = {}
+        me, connections, deadline = dist.get_rank(group), {}, time.monotonic() + SECONDS
         try:
-            self._connect(connections, dist.get_rank(group), invitations)
+            _call(connections, me, invitations[:me], deadline)
+            self._answer(connections, range(me + 1, len(invitations)), deadline)
+            return Mesh(me, connections, _timeout(group)), ""
         except BaseException as error:
             for connection in connections.values():
                 connection.close()
             if isinstance(error, OSError):
                 return None, str(error)
             raise
-        return Mesh(dist.get_rank(group), connections, _timeout(group)), ""
 
-    def _connect(self, connections: dict[int, socket.socket], me: int, invitations: Sequence[list]) -> None:
-        """Raises OSError."""
-        deadline = time.monotonic() + SECONDS
-        for rank, (address, port, secret) in enumerate(invitations[:me]):
-            connections[rank] = socket.create_connection((address, port), _left(deadline))
-            connections[rank].sendall(HELLO.pack(bytes.fromhex(secret), me))
-        while len(connections) < len(invitations) - 1:
-            self._socket.settimeout(_left(deadline))
+    def _answer(self, connections: dict[int, socket.socket], ranks: range, deadline: float) -> None:
+        """Be called by these ranks. Others may call too: of who is silent or slow none is waited for alone. Raises
+        OSError."""
+        missing = set(ranks)
+        with selectors.DefaultSelector() as calls:
+            self._socket.setblocking(False)
+            calls.register(self._socket, selectors.EVENT_READ)
+            try:
+                while missing:
+                    for call, _ in calls.select(_left(deadline)):
+                        if call.fileobj is self._socket:
+                            self._accept(calls)
+                        elif (rank := self._who(call.fileobj, call.data)) is not None:
+                            calls.unregister(caller := call.fileobj)
+                            if rank in missing:
+                                missing.remove(rank)
+                                connections[rank] = caller
+                            else:
+                                caller.close()
+            finally:
+                for call in calls.get_map().values():
+                    if call.fileobj is not self._socket:
+                        call.fileobj.close()
+
+    def _accept(self, calls: selectors.BaseSelector) -> None:
+        with suppress(BlockingIOError, ConnectionError):  # it has hung up meanwhile
             caller, _ = self._socket.accept()
-            rank = self._who(caller, _left(deadline))
-            if me < rank < len(invitations) and rank not in connections:
-                connections[rank] = caller
-            else:
-                caller.close()
+            caller.setblocking(False)
+            calls.register(caller, selectors.EVENT_READ, bytearray())
 
-    def _who(self, caller: socket.socket, seconds: float) -> int:
-        """The rank that calls; -1: a stranger."""
-        caller.settimeout(seconds)
+    def _who(self, caller: socket.socket, said: bytearray) -> int | None:
+        """The rank that calls; -1: a stranger; None: it has not said all yet. said: so far, added to."""
         try:
-            secret, rank = HELLO.unpack(caller.recv(HELLO.size, socket.MSG_WAITALL))
-        except (OSError, struct.error):
+            said += (heard := caller.recv(HELLO.size - len(said)))
+        except BlockingIOError:
+            return None
+        except OSError:
             return -1
+        if len(said) < HELLO.size:
+            return None if heard else -1
+        secret, rank = HELLO.unpack(said)
         return rank if secrets.compare_digest(secret, self._secret) else -1
 
 
+def _call(connections: dict[int, socket.socket], me: int, invitations: Sequence[list], deadline: float) -> None:
+    """Rank r at r-th of these. Raises OSError."""
+    for rank, (address, port, secret) in enumerate(invitations):
+        connections[rank] = socket.create_connection((address, port), _left(deadline))
+        connections[rank].sendall(HELLO.pack(bytes.fromhex(secret), me))
+
+
 def own_address() -> tuple[socket.AddressFamily, str]:
-    """Of the interface that gloo is told to use, else of the one on the way to the group's store."""
+    """Of the interface that gloo is told to use, else of the one on the way to the group's store; where there is no
+    such way, this host's own, as gloo does. Raises OSError for an interface without an address."""
     if names := os.environ.get("GLOO_SOCKET_IFNAME"):
         import fcntl  # not on every system
 
@@ -119,27 +150,30 @@ def own_address() -> tuple[socket.AddressFamily, str]:
             name = names.split(",")[0].encode()[:15]
             answer = fcntl.ioctl(asking, SIOCGIFADDR, struct.pack("256s", name))
         return socket.AF_INET, socket.inet_ntoa(answer[20:24])
-    host, port = _store()
-    family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as towards:
-        towards.connect(place)  # sends nothing, but finds the way
-        return family, towards.getsockname()[0]
+    with suppress(OSError):
+        for family, kind, _, _, place in socket.getaddrinfo(_store(), ANY_PORT, type=socket.SOCK_DGRAM):
+            with suppress(OSError), socket.socket(family, kind) as towards:  # a name may have addresses of no use here
+                towards.connect(place)  # sends nothing, but finds the way
+                return family, towards.getsockname()[0]
+    return socket.AF_INET, LOOPBACK
 
 
-def _store() -> tuple[str, int]:
-    """Host and port of torch.distributed's store; where it has none, what the launcher says, else this host."""
+def _store() -> str:
+    """The host of torch.distributed's store; where it has none, what the launcher says, else this host."""
     store = dist.distributed_c10d._get_default_store()
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     if isinstance(store, dist.TCPStore):
-        return store.host, store.port
-    return os.environ.get("MASTER_ADDR") or socket.gethostname(), int(os.environ.get("MASTER_PORT") or 1)
+        return store.host
+    return os.environ.get("MASTER_ADDR") or socket.gethostname()
 
 
 def _timeout(group: dist.ProcessGroup) -> float:
     """Seconds that a collective of the group may wait for other ranks."""
-    options = getattr(group._get_backend(torch.device("cpu")), "options", None)  # a wrapper for debugging has none
-    return getattr(options, "_timeout", dist.default_pg_timeout).total_seconds()
+    with suppress(RuntimeError):  # a group of a backend for another device has none for this one
+        options = getattr(group._get_backend(torch.device("cpu")), "options", None)  # a wrapper for debugging has none
+        return getattr(options, "_timeout", dist.default_pg_timeout).total_seconds()
+    return dist.default_pg_timeout.total_seconds()
 
 
 def _left(deadline: float) -> float:

@@ -30,6 +30,11 @@ from ..errors import RankError
 
 HEADER = struct.Struct("<QQ")
 AT_ONCE = 16  # buffers handed to the kernel in one call
+LONGEST = 2**31 - 1  # ms that poll can wait for
+DIFFERENT = (
+    "they passed another shape or spec, or made another call (LOWBIT_CHECK=1 compares them call by call); pass the "
+    "same on every rank"
+)
 
 
 class Peer:
@@ -90,12 +95,14 @@ class Peer:
         place = self.awaited.get(self._number)
         if place is None or len(place) != nbytes:
             awaits = "nothing" if place is None else f"{len(place)} bytes"
-            raise RankError(
-                f"rank {self.rank} sent {nbytes} bytes where this rank awaits {awaits}: they passed another shape or "
-                "spec, or made another call (LOWBIT_CHECK=1 compares them call by call); pass the same on every rank"
-            )
+            raise RankError(f"rank {self.rank} sent {nbytes} bytes where this rank awaits {awaits}: {DIFFERENT}")
         self._rest = place
         return True
+
+    @property
+    def passed(self) -> bool:
+        """Whether a message that this rank has not come to stands before those that it awaits."""
+        return bool(self.awaited) and self._rest is None and self._filled == HEADER.size
 
     def _received(self, buffer: memoryview) -> int:
         if not (count := self.connection.recv_into(buffer)):
@@ -107,11 +114,12 @@ class Mesh:
     """Connections to all other ranks of a group. seconds: without a byte moved until the others count as lost."""
 
     def __init__(self, rank: int, connections: dict[int, socket.socket], seconds: float) -> None:
-        self.rank, self.seconds, self._numbered, self._closed = rank, seconds, 0, ""
-        self._peers = {other: Peer(other, connection) for other, connection in connections.items()}
+        self.rank, self.seconds, self._numbered, self._closed, self._peers = rank, seconds, 0, "", {}
+        self._peers |= {other: Peer(other, connection) for other, connection in connections.items()}
 
     def exchange(self, receives: dict[int, torch.Tensor]) -> Exchange:
-        """receives: rank -> where what it sends is to be written: uint8, contiguous, maybe empty. Raises RankError."""
+        """receives: rank -> where what it sends is to be written: uint8 [bytes], contiguous, maybe empty. Raises
+        RankError."""
         if self._closed:
             raise RankError(
                 f"rank {self.rank} was interrupted in an earlier collective of this group, and has closed its "
@@ -183,12 +191,17 @@ class Mesh:
     __del__ = close  # the process group is gone
 
     def _sleep(self) -> None:
-        """Until something can be moved."""
+        """Until something can be moved. Raises RankError."""
         poll = select.poll()
         for peer in self._peers.values():
+            if peer.passed:  # for ever, as all of a collective is awaited before any of it is waited for
+                raise RankError(
+                    f"rank {peer.rank} went on to a later exchange, and never sent what rank {self.rank} awaits of an "
+                    f"earlier one: {DIFFERENT}"
+                )
             if events := (select.POLLIN if peer.awaited else 0) | (select.POLLOUT if peer.sending else 0):
                 poll.register(peer.connection, events)
-        if not poll.poll(1e3 * self.seconds):
+        if not poll.poll(min(1e3 * self.seconds, LONGEST)):
             late = [str(peer.rank) for peer in self._peers.values() if peer.awaited or peer.sending]
             raise RankError(
                 f"rank {self.rank} waited {self.seconds:g} s for rank {', '.join(late)}, which stalled or is in "

@@ -26,7 +26,7 @@ def exchange(receives: dict[int, torch.Tensor], group: dist.ProcessGroup, tag: i
     receives: rank -> where its wire is to be written: uint8, contiguous, maybe empty. Raises RankError where a
     collective of this group was interrupted.
     """
-    if (mesh := connect.mesh(group)) is not None and not any(wire.is_cuda for wire in receives.values()):
+    if (mesh := connect.mesh(group)) is not None and all(wire.is_cpu for wire in receives.values()):
         return mesh.exchange(receives)
     return Exchange(receives, group, tag)
 

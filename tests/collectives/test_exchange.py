@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import megatron_lowbit as lowbit
+from megatron_lowbit.collectives import exchange
 from megatron_lowbit.collectives.exchange import Workspace
 from megatron_lowbit.communicator import communicator
 from megatron_lowbit.plan_file import Plan
@@ -81,6 +82,45 @@ def _modes(rank, world):
 def test_inference_mode_and_ordinary_mode_share_buffers():
     first, second = run_ranks(2, _modes)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and len(first) == 16
+
+
+def _byte(me, to):
+    return 16 * me + to
+
+
+def _both_transports(rank, world):
+    """all_gather and all_to_all over connections of our own, and by torch -> whether torch was asked, by transport."""
+    import torch.distributed as dist
+
+    group, asked = dist.group.WORLD, []
+    for name in ("all_gather_into_tensor", "all_gather_single", "all_to_all_single"):
+        if torchs := getattr(dist, name, None):
+            setattr(dist, name, lambda *given, _torchs=torchs, **more: asked.append(1) or _torchs(*given, **more))
+    counts, everyone = [], range(world)
+    for transport in ("torch", "tcp"):
+        os.environ["LOWBIT_TRANSPORT"] = transport
+        communicator(None, lowbit.CommConfig(algorithm="auto" if transport == "tcp" else "two-step"))
+        asked.clear()
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                for size in (1, 1000, 0, 1 << 20):
+                    output = torch.zeros(world * size, dtype=torch.uint8)
+                    exchange.all_gather(output, torch.full((size,), _byte(rank, 0), dtype=torch.uint8), group)
+                    gathered = [torch.full((size,), _byte(other, 0), dtype=torch.uint8) for other in everyone]
+                    assert torch.equal(output, torch.cat(gathered))
+                    sent = [size * (to % 2) for to in everyone]  # to every second rank nothing
+                    sends = [torch.full((sent[to],), _byte(rank, to), dtype=torch.uint8) for to in everyone]
+                    received = [sent[rank]] * world
+                    output = torch.zeros(sum(received), dtype=torch.uint8)
+                    exchange.all_to_all(output, torch.cat(sends), received, sent, group)
+                    arrived = [torch.full((sent[rank],), _byte(other, rank), dtype=torch.uint8) for other in everyone]
+                    assert torch.equal(output, torch.cat(arrived))
+        counts.append(len(asked))
+    return counts
+
+
+def test_bytes_go_over_connections_of_our_own_where_there_are_any():
+    assert run_ranks(3, _both_transports) == [[16, 0]] * 3
 
 
 def _checked(rank, world, folder):
