@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from .collectives.topology import Nodes
 from .config import CommConfig
 from .errors import ConfigError
-from .links import UNKNOWN, Link, named
+from .links import EXACT_UNIT, UNKNOWN, Link, named
 from .tuned_table import TunedTable
 
 
@@ -56,11 +56,11 @@ def choose(config: CommConfig, site: str, nbytes: int, facts: Facts, dtype: str 
 def exact(nbytes: int, facts: Facts) -> Decision:
     """The fastest way to leave a message as it is, of more than one rank: over their own connections if there are any,
     as gloo's all-reduce takes several times as long for a small message and no less for a large one."""
-    once = facts.world == 2 or nbytes <= facts.kind.once
-    shared = facts.nodes is not None and 1 < len(facts.nodes.members) < facts.world  # uplinks, which a ring spares
-    if not facts.direct or (shared and not once):
+    way = facts.kind.exact_way(nbytes, facts.world) if facts.direct else ""
+    shares = facts.nodes is not None and 1 < len(facts.nodes.members) < facts.world  # uplinks, which a ring spares
+    if not way or (shares and way == "two-step"):
         return Decision("exact")
-    return Decision("exact", way="one-shot" if once else "two-step", chunks=chunks(nbytes, facts))
+    return Decision("exact", way=way, chunks=max(1, round((nbytes / EXACT_UNIT) ** 0.5)) if facts.world == 2 else 1)
 
 
 def _choose(config: CommConfig, site: str, nbytes: int, facts: Facts, dtype: str) -> Decision:
@@ -101,8 +101,7 @@ def wanted(config: CommConfig) -> str:
 
 def chunks(nbytes: int, facts: Facts) -> int:
     """In how many parts a message travels."""
-    size = facts.kind.chunk_of(facts.world)
-    return max(1, round(nbytes / size)) if size else 0
+    return facts.kind.chunks(nbytes, facts.world)
 
 
 def resolved(algorithm: str, world: int, nodes: Nodes | None = None) -> str:

@@ -9,7 +9,7 @@ from megatron_lowbit.collectives.topology import Nodes
 from megatron_lowbit.config import ALGORITHMS, CommConfig
 from megatron_lowbit.errors import ConfigError
 from megatron_lowbit.evaluation.cases import Case
-from megatron_lowbit.links import LINKS, NEVER, UNKNOWN, named
+from megatron_lowbit.links import EXACT_UNIT, LINKS, NEVER, UNKNOWN, named
 from megatron_lowbit.plan_file import Plan
 from megatron_lowbit.policy import Decision, Facts, bypass, choose, chunks, gated
 from tests.calibrations import random_calibration
@@ -133,10 +133,10 @@ def test_reasons_that_hold_whatever_the_size(config, site, world, empty, decisio
 @pytest.mark.parametrize("world", (2, 3, 4))
 def test_larger_messages_have_more_chunks_and_small_ones_one(world):
     for link in LINKS["cpu"]:
-        size, facts = link.chunk_of(world), Facts(world, "cpu", link.name)
-        assert [chunks(nbytes, facts) for nbytes in (1, size, 2 * size, 16 * size + 1)] == [1, 1, 2, 16]
-        assert choose(CommConfig(min_bytes=0), "s", 4 * size, facts).chunks == 4
-        assert choose(CommConfig(algorithm="exact"), "s", 4 * size, facts).chunks == 0
+        unit, facts = link.unit[world > 2], Facts(world, "cpu", link.name)
+        assert [chunks(nbytes, facts) for nbytes in (1, unit, 4 * unit, 16 * unit + 1)] == [1, 1, 2, 4]
+        assert choose(CommConfig(min_bytes=0), "s", 16 * unit, facts).chunks == 4
+        assert choose(CommConfig(algorithm="exact"), "s", 16 * unit, facts).chunks == 0
     assert chunks(1 << 30, Facts(world, "cuda")) == 0  # the backend's own collectives: nothing else was measured there
 
 
@@ -197,9 +197,10 @@ def test_how_exact_messages_travel_over_the_whole_input_space():
         """Written out."""
         if algorithm != "auto" or limit is not None or world == 1 or nbytes == 0:
             return ""
-        if world == 2 or nbytes <= link.once:
+        once, most = link.direct
+        if world == 2 or nbytes <= once:
             return "one-shot"
-        return "" if paired and world in (4, 8) else "two-step"  # pairs share uplinks, which torch's ring spares
+        return "" if nbytes > most or (paired and world in (4, 8)) else "two-step"  # pairs share their uplinks
 
     found = set()
     for algorithm, limit, world, site, paired, dtype, link in itertools.product(
@@ -208,8 +209,8 @@ def test_how_exact_messages_travel_over_the_whole_input_space():
     ):  # fmt: skip
         config = CommConfig("int4:g32", algorithm=algorithm, min_bytes=limit, sites=("*.mlp",))
         nodes = Nodes.of([rank // 2 for rank in range(world)]) if paired and world % 2 == 0 else None
-        facts, size = Facts(world, "cpu", link.name, nodes), link.chunk[world > 2]
-        sizes = {0, 2, 999, 1000, link.once, link.once + 1, link.eligible - 1, link.eligible, size, 2 * size, 5 << 20}
+        facts, (once, most) = Facts(world, "cpu", link.name, nodes), link.direct
+        sizes = {0, 2, 999, 1000, once, once + 1, most, most + 1, link.eligible - 1, link.eligible, 5 << 20}
         for nbytes in sizes | {1 << 30}:
             torchs = choose(config, site, nbytes, facts, dtype)
             ours = choose(config, site, nbytes, replace(facts, direct=True), dtype)
@@ -219,7 +220,8 @@ def test_how_exact_messages_travel_over_the_whole_input_space():
                 continue
             assert torchs == Decision("exact", torchs.fallback) and torchs.chunks == 0
             assert ours.way == way(algorithm, limit, world, paired, nbytes, link)
-            assert ours.chunks == (max(1, round(nbytes / size)) if ours.way else 0)
+            parts = max(1, round((nbytes / EXACT_UNIT) ** 0.5)) if world == 2 else 1
+            assert ours.chunks == (parts if ours.way else 0)
             found.add((ours.way, ours.fallback))
     reasons = {"below min_bytes", "link too fast for the codec", "site not selected"}
     assert found >= {(way, reason) for way in ("one-shot", "two-step") for reason in reasons} | {("", None)}
@@ -230,7 +232,7 @@ def test_what_a_plan_or_a_tuned_table_leaves_exact_goes_the_same_way():
     exact = Decision("exact", "exact is faster (tuned)", 1, "one-shot")
     assert choose(CommConfig("int4:g32"), "s", 16384, facts) == exact
     config = CommConfig(plan=Plan({"s": "exact", "t": "int8"}, tp=2))
-    assert choose(config, "s", 9 << 20, facts) == Decision(
+    assert choose(config, "s", 9 * EXACT_UNIT, facts) == Decision(
         "exact", "exact in the plan", chunks(9 << 20, facts), "one-shot"
     )
     for nbytes, way in ((32 << 10, "one-shot"), ((32 << 10) + 1, "two-step")):
