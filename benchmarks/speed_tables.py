@@ -32,6 +32,7 @@ def thresholds(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     for rate, ranks in dict.fromkeys((row["rate_gbit"], row["ranks"]) for row in rows):
         here = [row for row in rows if (row["rate_gbit"], row["ranks"]) == (rate, ranks)]
         kind, exact, cells = links.reaching(rate), _times(here, "bf16", "exact"), []
+        exact |= {size: min(exact[size], taken) for size, taken in _times(here, "bf16", "direct").items()}
         for spec in specs:
             held = kind.worth_from(parse(spec), ranks)
             cells.append(f"{_size(crossover(exact, _times(here, spec, 'auto')))} ({_size(held)})")

@@ -1,4 +1,5 @@
-"""Splitting outlier features off and putting them back on CPU (numba), as `codecs/outliers.py` defines it.
+"""Splitting outlier features off and putting them back on CPU (numba), as `codecs/outliers.py` defines it, and which
+rows are finite.
 
 The ordinary features between two outliers are a segment, copied 32 values at a time. A copy may run over the end of its
 segment: what it spoils there is written later. In the last rows, where it would run over the end of the memory, it is
@@ -11,8 +12,11 @@ import numpy as np
 import torch
 
 from . import cpu_simd as simd
-from .cpu_planes import copy, store_values, written
+from .cpu_planes import copy, fill_tail, load, readable, store_values, written
 from .cpu_simd import jit
+
+_INF = np.int32(0x7F800000)
+_MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
 @jit
@@ -44,6 +48,29 @@ def _join(x, rows, features, segments, number, count, out, bf16, scratch):
             for j in range(0, size, 32):
                 n = min(32, size - j) if last else 32
                 store_values(simd.load_fp32(source + 4 * j), target + j * itemsize, n, bf16, scratch)
+
+
+@jit
+def _finite(x, bf16, rows, features, out, scratch):
+    """Of each row a byte: 1 if all of its values are finite, else 0."""
+    itemsize = 2 if bf16 else 4
+    for row in range(rows):
+        highest = simd.splat(np.int32(0))
+        for start in range(0, features, 32):
+            source = x + (row * features + start) * itemsize
+            if features - start < 32:
+                fill_tail(source, features - start, itemsize, scratch)
+                source = scratch
+            highest = simd.maximum(highest, simd.and_(load(source, bf16), _MAGNITUDE))
+        simd.store_byte(out + row, np.int32(1) if simd.largest(highest) < _INF else np.int32(0))
+
+
+def finite(x: torch.Tensor) -> torch.Tensor:
+    """x [rows, features] contiguous -> bool [rows]: whether all of a row's values are finite."""
+    values, out, scratch = readable(x), torch.empty(len(x), dtype=torch.bool), torch.empty(32)
+    bf16 = values.dtype == torch.bfloat16
+    _finite(values.data_ptr(), bf16, *x.shape, out.data_ptr(), scratch.data_ptr())
+    return out
 
 
 def segments(kept: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ class Link:
     """A kind of link.
 
     gbit: it is one on which an exact all-reduce reaches at most so many Gbit/s per rank. eligible: bytes, see above.
-    worth: (ranks at least, bytes for most codecs, bytes for trellis codes and split outliers). unit: n * n of so many
+    worth: (ranks at least, bytes for most codecs, for trellis codes, for split outliers). unit: n * n of so many
     bytes travel in n chunks, ranks being 2 and more; 0: no chunks, but the backend's own collectives. direct: bytes of
     an exact message up to which more than two ranks send it to each other as it is, and up to which they send shards
     of it; larger ones are left to torch's ring, which keeps ranks in step.
@@ -31,7 +31,7 @@ class Link:
     name: str
     gbit: float
     eligible: int
-    worth: tuple[tuple[int, int, int], ...]
+    worth: tuple[tuple[int, int, int, int], ...]
     unit: tuple[int, int]
     direct: tuple[int, int]
     source: str
@@ -46,8 +46,9 @@ class Link:
 
     def worth_from(self, spec: Spec, world: int) -> int:
         """Bytes from which on `spec` gains among `world` ranks."""
-        slow = any(leg.trellis or leg.calibrated for leg in (spec.scatter, spec.gather))
-        return max((ranks, *sizes) for ranks, *sizes in self.worth if world >= ranks)[2 if slow else 1]
+        legs = spec.scatter, spec.gather
+        column = 3 if any(leg.calibrated for leg in legs) else 2 if any(leg.trellis for leg in legs) else 1
+        return max((ranks, *sizes) for ranks, *sizes in self.worth if world >= ranks)[column]
 
     def chunks(self, nbytes: int, world: int) -> int:
         """In how many parts a compressed message travels: each costs a call, so the best number grows as the root."""
@@ -56,27 +57,28 @@ class Link:
 
     def exact_way(self, nbytes: int, world: int) -> str:
         """How a message that stays as it is goes directly from rank to rank; "": it had better not."""
-        once, most = self.direct
-        return "one-shot" if world == 2 or nbytes <= once else "two-step" if nbytes <= most else ""
+        once, most = (EXACT_MOST, 0) if world == 2 else self.direct
+        return "one-shot" if nbytes <= once else "two-step" if nbytes <= most else ""
 
 
 _MEASURED = "benchmarks/results/link.json: gloo, AMD EPYC with 2 cores, 2026-11-22"
 KIB, MIB = 1 << 10, 1 << 20
-EXACT_UNIT = 32 * KIB  # as `unit`, of an exact message between two ranks: 0.2, 1 and 5 Gbit/s, as below
+EXACT_UNIT = 32 * KIB  # as `unit`, of an exact message between two ranks, on the slow, the medium and the fast link
+EXACT_MOST = MIB  # bytes of one up to which two ranks gain on all of them; larger ones take as long as torch's
 LINKS: dict[str, tuple[Link, ...]] = {
     "cpu": (
-        Link("slow", 0.5, 16 * KIB, ((2, 16 * KIB, 32 * KIB), (3, 32 * KIB, 256 * KIB)), (32 * KIB, 48 * KIB),
-             (32 * KIB, 128 * KIB), _MEASURED),
-        Link("medium", 2.0, 64 * KIB, ((2, 64 * KIB, 512 * KIB), (3, 256 * KIB, 4 * MIB)), (32 * KIB, 128 * KIB),
-             (64 * KIB, 256 * KIB), _MEASURED),
-        Link("fast", float("inf"), 512 * KIB, ((2, MIB, NEVER), (3, 8 * MIB, NEVER)), (MIB, 2 * MIB),
-             (256 * KIB, MIB), _MEASURED),
-        Link(UNKNOWN, float("inf"), 128 * KIB, ((2, 128 * KIB, 128 * KIB),), (512 * KIB, 512 * KIB),
-             (32 * KIB, 128 * KIB),
-             f"between 64 KiB that lose and 256 KiB that gain, 2 ranks, 1 Gbit/s: {_MEASURED}"),
+        Link("slow", 0.5, 16 * KIB, ((2, 16 * KIB, 16 * KIB, 32 * KIB), (3, 32 * KIB, 32 * KIB, 256 * KIB)),
+             (32 * KIB, 48 * KIB), (32 * KIB, 128 * KIB), _MEASURED),
+        Link("medium", 2.0, 64 * KIB, ((2, 64 * KIB, 64 * KIB, 256 * KIB), (3, 256 * KIB, 256 * KIB, 4 * MIB)),
+             (32 * KIB, 128 * KIB), (64 * KIB, 128 * KIB), _MEASURED),
+        Link("fast", float("inf"), MIB, ((2, 2 * MIB, NEVER, 4 * MIB), (3, 8 * MIB, NEVER, NEVER)),
+             (MIB, 2 * MIB), (256 * KIB, MIB), _MEASURED),
+        Link(UNKNOWN, float("inf"), 128 * KIB, ((2, 128 * KIB, 128 * KIB, 128 * KIB),),
+             (512 * KIB, 512 * KIB), (32 * KIB, 128 * KIB),
+             f"from this size on all gain on the slow and the medium link: {_MEASURED}"),
     ),
     "cuda": (
-        Link(UNKNOWN, float("inf"), 2 * MIB, ((2, 2 * MIB, 2 * MIB),), (0, 0), (0, 0),
+        Link(UNKNOWN, float("inf"), 2 * MIB, ((2, 2 * MIB, 2 * MIB, 2 * MIB),), (0, 0), (0, 0),
              "not measured here: upper end of the 1-2 MB published for INT4 on MI300X, vLLM pull 19744"),
     ),
 }  # fmt: skip

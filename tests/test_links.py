@@ -37,6 +37,8 @@ def test_codecs_that_search_and_more_ranks_are_worth_it_later():
         )
         for world in (2, 3, 8):
             assert link.worth_from(plain, world) <= link.worth_from(slow, world) == link.worth_from(mixed, world)
+        mixed = parse("gauss4:g128:trellis/int4:outliers=1/64")
+        assert [link.worth_from(mixed, 2), link.worth_from(parse("selective4"), 2)] == [link.worth[0][3]] * 2
         assert link.worth_from(plain, 2) <= link.worth_from(plain, 3) == link.worth_from(plain, 8)
 
 

@@ -9,7 +9,7 @@ from megatron_lowbit.collectives.topology import Nodes
 from megatron_lowbit.config import ALGORITHMS, CommConfig
 from megatron_lowbit.errors import ConfigError
 from megatron_lowbit.evaluation.cases import Case
-from megatron_lowbit.links import EXACT_UNIT, LINKS, NEVER, UNKNOWN, named
+from megatron_lowbit.links import EXACT_MOST, EXACT_UNIT, LINKS, NEVER, UNKNOWN, named
 from megatron_lowbit.plan_file import Plan
 from megatron_lowbit.policy import Decision, Facts, bypass, choose, chunks, gated
 from tests.calibrations import random_calibration
@@ -197,8 +197,8 @@ def test_how_exact_messages_travel_over_the_whole_input_space():
         """Written out."""
         if algorithm != "auto" or limit is not None or world == 1 or nbytes == 0:
             return ""
-        once, most = link.direct
-        if world == 2 or nbytes <= once:
+        once, most = (EXACT_MOST, 0) if world == 2 else link.direct
+        if nbytes <= once:
             return "one-shot"
         return "" if nbytes > most or (paired and world in (4, 8)) else "two-step"  # pairs share their uplinks
 
@@ -210,7 +210,20 @@ def test_how_exact_messages_travel_over_the_whole_input_space():
         config = CommConfig("int4:g32", algorithm=algorithm, min_bytes=limit, sites=("*.mlp",))
         nodes = Nodes.of([rank // 2 for rank in range(world)]) if paired and world % 2 == 0 else None
         facts, (once, most) = Facts(world, "cpu", link.name, nodes), link.direct
-        sizes = {0, 2, 999, 1000, once, once + 1, most, most + 1, link.eligible - 1, link.eligible, 5 << 20}
+        sizes = {
+            0,
+            2,
+            999,
+            1000,
+            once,
+            once + 1,
+            most,
+            most + 1,
+            EXACT_MOST + 1,
+            link.eligible - 1,
+            link.eligible,
+            5 << 20,
+        }
         for nbytes in sizes | {1 << 30}:
             torchs = choose(config, site, nbytes, facts, dtype)
             ours = choose(config, site, nbytes, replace(facts, direct=True), dtype)
@@ -232,9 +245,7 @@ def test_what_a_plan_or_a_tuned_table_leaves_exact_goes_the_same_way():
     exact = Decision("exact", "exact is faster (tuned)", 1, "one-shot")
     assert choose(CommConfig("int4:g32"), "s", 16384, facts) == exact
     config = CommConfig(plan=Plan({"s": "exact", "t": "int8"}, tp=2))
-    assert choose(config, "s", 9 * EXACT_UNIT, facts) == Decision(
-        "exact", "exact in the plan", chunks(9 << 20, facts), "one-shot"
-    )
+    assert choose(config, "s", 9 * EXACT_UNIT, facts) == Decision("exact", "exact in the plan", 3, "one-shot")
     for nbytes, way in ((32 << 10, "one-shot"), ((32 << 10) + 1, "two-step")):
         assert choose(config, "t", nbytes, Facts(3, direct=True)).way == way
     assert choose(CommConfig(algorithm="exact"), "s", 1 << 20, facts) == Decision("exact")

@@ -26,7 +26,7 @@ import torch
 
 from ..errors import ConfigError
 from ..spec import Leg
-from . import packing
+from . import backend, packing
 from .affine import SMALLEST_NORMAL
 from .base import Codec, Kernel, copied, quotient
 from .outliers import Outliers
@@ -119,12 +119,24 @@ class Selective(Outliers):
 
     def define_encode(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         super().define_encode(x, wire)
-        unusable = ~(x.abs().amax(1) < torch.inf)
-        self._outliers(wire, *x.shape).masked_fill_(unusable[:, None], torch.nan)
+        usable = _finite(x)
+        if not x.is_cpu or not usable.all():  # asking a GPU would wait for it
+            self._outliers(wire, *x.shape).masked_fill_(~usable[:, None], torch.nan)
 
     def _join(self, ordinary: torch.Tensor, outliers: torch.Tensor, out: torch.Tensor) -> None:
-        ordinary.masked_fill_(outliers[:, :1].isnan(), torch.nan)
-        super()._join(ordinary, outliers.masked_fill(outliers[:, :1].isnan(), torch.nan), out)
+        unusable = outliers[:, :1].isnan()
+        if not out.is_cpu or unusable.any():
+            ordinary, outliers = (part.masked_fill_(unusable, torch.nan) for part in (ordinary, outliers))
+        super()._join(ordinary, outliers, out)
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    """bool [rows]: whether all of a row's values are finite."""
+    if backend.of(x.device) == "numba":
+        from ..kernels import cpu_outliers
+
+        return cpu_outliers.finite(x)
+    return x.abs().amax(1) < torch.inf
 
 
 def _check_senders(ranks: int, senders: int) -> None:

@@ -21,7 +21,7 @@ RELATIVE = {
         "outliers": (0.8, 0.7),
         "gauss": (0.85, 1.0),
         "trellis": (0.45, 1.0),
-        "selective": (0.75, 0.5),
+        "selective": (1.5, 0.55),
         "float": (1.5, 1.2),
     },
     "cuda": {
