@@ -30,6 +30,7 @@ from ..errors import RankError
 
 HEADER = struct.Struct("<QQ")
 AT_ONCE = 16  # buffers handed to the kernel in one call
+LOW_WATER = 256 << 10  # bytes: a rank that wakes up for every packet takes the processor from those that encode
 LONGEST = 2**31 - 1  # ms that poll can wait for
 DIFFERENT = (
     "they passed another shape or spec, or made another call (LOWBIT_CHECK=1 compares them call by call); pass the "
@@ -49,6 +50,7 @@ class Peer:
         self._header, self._filled = memoryview(bytearray(HEADER.size)), 0
         self._rest: memoryview | None = None  # of the message whose header was read
         self._number = -1
+        self._low_water = 1
 
     def push(self) -> bool:
         """Hand over what the kernel takes now -> whether it took any. Raises OSError."""
@@ -103,6 +105,13 @@ class Peer:
     def passed(self) -> bool:
         """Whether a message that this rank has not come to stands before those that it awaits."""
         return bool(self.awaited) and self._rest is None and self._filled == HEADER.size
+
+    def wake_after(self) -> None:
+        """Let a poll of the connection end when the rest of a message has come, or a good part of it."""
+        nbytes = min(len(self._rest), LOW_WATER) if self._rest else 1
+        if nbytes != self._low_water:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+            self._low_water = nbytes
 
     def _received(self, buffer: memoryview) -> int:
         if not (count := self.connection.recv_into(buffer)):
@@ -199,6 +208,7 @@ class Mesh:
                     f"rank {peer.rank} went on to a later exchange, and never sent what rank {self.rank} awaits of an "
                     f"earlier one: {DIFFERENT}"
                 )
+            peer.wake_after()
             if events := (select.POLLIN if peer.awaited else 0) | (select.POLLOUT if peer.sending else 0):
                 poll.register(peer.connection, events)
         if not poll.poll(min(1e3 * self.seconds, LONGEST)):
