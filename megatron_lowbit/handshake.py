@@ -57,8 +57,10 @@ def meet(group: dist.ProcessGroup, config: CommConfig) -> policy.Facts:
 def key(group: dist.ProcessGroup, facts: policy.Facts) -> Key:
     """What a tuned table of the group is made for, as this rank sees it."""
     nodes, device = tuple(map(len, facts.nodes.members)), torch.device(facts.device)
-    transport = group._get_backend(device).name()  # a group without a named one has one for each device
-    return tuned_lookup.key_of(device, facts.world, nodes, transport, PROTOCOL)
+    name = group._get_backend(device).name()  # a group without a named one has one for each device
+    if facts.device == "cpu" and facts.world > 1 and not facts.direct:
+        name += "-torch"  # takes other times than over the ranks' own connections
+    return tuned_lookup.key_of(device, facts.world, nodes, name, PROTOCOL)
 
 
 def _settings(config: CommConfig, device: str) -> dict:

@@ -23,7 +23,7 @@ class Link:
 
     gbit: it is one on which an exact all-reduce reaches at most so many Gbit/s per rank. eligible: bytes, see above.
     worth: (ranks at least, bytes for most codecs, for trellis codes, for split outliers). unit: n * n of so many
-    bytes travel in n chunks, ranks being 2 and more; 0: no chunks, but the backend's own collectives. direct: bytes of
+    bytes travel in n chunks, ranks being 2, and MANY; 0: no chunks, but the backend's own collectives. direct: bytes of
     an exact message up to which more than two ranks send it to each other as it is, and up to which they send shards
     of it; larger ones are left to torch's ring, which keeps ranks in step.
     """
@@ -50,9 +50,9 @@ class Link:
         column = 3 if any(leg.calibrated for leg in legs) else 2 if any(leg.trellis for leg in legs) else 1
         return max((ranks, *sizes) for ranks, *sizes in self.worth if world >= ranks)[column]
 
-    def chunks(self, nbytes: int, world: int) -> int:
+    def chunks(self, nbytes: int, world: int, hierarchical: bool = False) -> int:
         """In how many parts a compressed message travels: each costs a call, so the best number grows as the root."""
-        unit = self.unit[world > 2]
+        unit = self.unit[world > 2] * max(1.0, world / MANY) ** 2 * (HIERARCHICAL if hierarchical else 1)
         return max(1, round((nbytes / unit) ** 0.5)) if unit else 0
 
     def exact_way(self, nbytes: int, world: int) -> str:
@@ -63,6 +63,8 @@ class Link:
 
 _MEASURED = "benchmarks/results/link.json: gloo, AMD EPYC with 2 cores, 2026-11-22"
 KIB, MIB = 1 << 10, 1 << 20
+MANY = 4  # ranks for which the units of more than two are; of N ranks each chunk has as N * N messages
+HIERARCHICAL = 4  # times as large are its units: chunks go through twice as many exchanges, which wait for each other
 EXACT_UNIT = 32 * KIB  # as `unit`, of an exact message between two ranks, on the slow, the medium and the fast link
 EXACT_MOST = MIB  # bytes of one up to which two ranks gain on all of them; larger ones take as long as torch's
 LINKS: dict[str, tuple[Link, ...]] = {

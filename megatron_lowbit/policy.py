@@ -70,7 +70,8 @@ def _choose(config: CommConfig, site: str, nbytes: int, facts: Facts, dtype: str
         return measured
     if (reason := too_small(config, site, nbytes, facts)) is not None:
         return Decision("exact", reason)
-    return Decision(algorithm(config, facts.world, facts.nodes), chunks=chunks(nbytes, facts))
+    name = algorithm(config, facts.world, facts.nodes)
+    return Decision(name, chunks=chunks(nbytes, facts, name))
 
 
 def algorithm(config: CommConfig, world: int, nodes: Nodes | None = None) -> str:
@@ -99,9 +100,9 @@ def wanted(config: CommConfig) -> str:
     return config.planned.algorithm if config.planned and config.algorithm == "auto" else config.algorithm
 
 
-def chunks(nbytes: int, facts: Facts) -> int:
+def chunks(nbytes: int, facts: Facts, algorithm: str = "auto") -> int:
     """In how many parts a message travels."""
-    return facts.kind.chunks(nbytes, facts.world)
+    return facts.kind.chunks(nbytes, facts.world, algorithm == "hierarchical")
 
 
 def resolved(algorithm: str, world: int, nodes: Nodes | None = None) -> str:

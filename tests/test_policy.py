@@ -136,7 +136,11 @@ def test_larger_messages_have_more_chunks_and_small_ones_one(world):
         unit, facts = link.unit[world > 2], Facts(world, "cpu", link.name)
         assert [chunks(nbytes, facts) for nbytes in (1, unit, 4 * unit, 16 * unit + 1)] == [1, 1, 2, 4]
         assert choose(CommConfig(min_bytes=0), "s", 16 * unit, facts).chunks == 4
+        assert choose(CommConfig(min_bytes=0), "s", 16 * unit, replace(facts, world=8)).chunks <= 4
         assert choose(CommConfig(algorithm="exact"), "s", 16 * unit, facts).chunks == 0
+    nested = Facts(4, nodes=Nodes.of("aabb"))
+    found = [choose(CommConfig("int4:g32", name), "s", 32 << 20, nested) for name in ("two-step", "hierarchical")]
+    assert [decision.chunks for decision in found] == [8, 4]  # which has twice as many exchanges
     assert chunks(1 << 30, Facts(world, "cuda")) == 0  # the backend's own collectives: nothing else was measured there
 
 

@@ -90,13 +90,15 @@ def test_this_users_own_is_used_by_all_ranks_and_only_rank_0_has_it(tmp_path, wo
 
 
 def _of_any_backend(rank, world):
-    one, other = (dist.new_group([0, 1], backend=name) for name in ("gloo", "cpu:gloo"))
+    groups = [dist.new_group([0, 1], backend=name) for name in ("gloo", "cpu:gloo", "gloo")]
     config = lowbit.CommConfig("int4:g32", min_bytes=0)
-    return [communicator(group, config).key.backend for group in (one, other)]
+    found = [communicator(group, config).key.backend for group in groups[:2]]
+    os.environ["LOWBIT_TRANSPORT"] = "torch"
+    return [*found, communicator(groups[2], config).key.backend]
 
 
-def test_a_group_is_of_the_backend_that_carries_its_tensors():
-    assert run_ranks(2, _of_any_backend) == [["gloo", "gloo"]] * 2
+def test_a_group_is_of_the_backend_that_carries_its_tensors_and_bytes():
+    assert run_ranks(2, _of_any_backend) == [["gloo", "gloo", "gloo-torch"]] * 2
 
 
 def _stale(rank, world, cache):

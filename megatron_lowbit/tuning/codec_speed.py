@@ -36,6 +36,11 @@ RELATIVE = {
     },
 }
 
+# Seconds more than others for every piece of a message that is encoded or decoded: outliers are put apart and joined in
+# many small steps. cpu: between what selective4 takes longer than gauss4:g128 for 16 KiB on links of 1 Gbit/s
+# (benchmarks/results/link.json), by pieces: 130 us with two ranks, 50 with four that share two cores.
+PIECE = {"cpu": {"outliers": 90e-6, "selective": 90e-6}}
+
 
 def family(leg: Leg) -> str:
     """Which row of RELATIVE a leg belongs to."""

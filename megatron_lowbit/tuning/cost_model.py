@@ -25,7 +25,7 @@ from ..codecs import make
 from ..errors import ConfigError
 from ..links import UNKNOWN, reaching
 from ..spec import Leg, Spec, parse
-from .codec_speed import RELATIVE, family
+from .codec_speed import PIECE, RELATIVE, family
 from .machines import GBIT, Machine
 from .traffic import Hop, hops, ring_bytes
 
@@ -92,12 +92,12 @@ def all_reduce(machine: Machine, way: Way, nbytes: float, world: int) -> Cost:
     if way.algorithm == "exact":
         return _exact(machine, nbytes, world)
     all_hops, turns = hops(way.algorithm, nbytes, world, machine.node), machine.host.contention(world)
-    parts = (way.chunks if way.chunks is not None else chunks(machine, nbytes, world)) or 1
+    parts = (way.chunks if way.chunks is not None else chunks(machine, way.algorithm, nbytes, world)) or 1
     messages = sum(hop.messages for hop in all_hops) * parts
     sent = bytes_sent(way, nbytes, world, machine.node)
     return Cost(
         wire=sum(_wire(machine, hop, bits(way.leg(hop.leg)) / 16) for hop in all_hops),
-        codec=turns * sum(_codec(machine, hop, way.leg(hop.leg)) for hop in all_hops),
+        codec=turns * sum(_codec(machine, hop, way.leg(hop.leg), parts) for hop in all_hops),
         host=turns * (machine.host.call * messages + machine.host.byte * sent),
         start=turns * machine.codec.start + sum(_start(machine, hop) for hop in all_hops),
         chunks=parts if machine.codec.overlap else 1,
@@ -131,9 +131,10 @@ def _wire(machine: Machine, hop: Hop, share: float) -> float:
     return max(inside, machine.node * hop.each * share * hop.between / machine.outer.rate)
 
 
-def _codec(machine: Machine, hop: Hop, leg: Leg) -> float:
+def _codec(machine: Machine, hop: Hop, leg: Leg, parts: int) -> float:
     encode, decode = RELATIVE[machine.device][family(leg)]
-    return hop.encoded / machine.codec.encode / encode + hop.decoded / machine.codec.decode / decode
+    pieces = parts * (hop.messages + 1) * PIECE.get(machine.device, {}).get(family(leg), 0.0)
+    return hop.encoded / machine.codec.encode / encode + hop.decoded / machine.codec.decode / decode + pieces
 
 
 def _start(machine: Machine, hop: Hop) -> float:
@@ -146,12 +147,12 @@ def bits(leg: Leg) -> float:
     return make(leg).bits_per_value(SHAPE)
 
 
-def chunks(machine: Machine, nbytes: float, world: int) -> int:
+def chunks(machine: Machine, algorithm: str, nbytes: float, world: int) -> int:
     """In how many parts policy.py lets a message travel on such a machine."""
     between = machine.outer and world > machine.node
     rate = min(machine.link.rate, machine.outer.rate) if between else machine.link.rate
     link = reaching(rate / GBIT).name if machine.device == "cpu" else UNKNOWN
-    return policy.chunks(int(nbytes), policy.Facts(world, machine.device, link))
+    return policy.chunks(int(nbytes), policy.Facts(world, machine.device, link), algorithm)
 
 
 def fastest(machine: Machine, ways: list[Way], nbytes: float, world: int) -> Way:
