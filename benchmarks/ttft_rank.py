@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 import megatron_lowbit as lowbit
+from megatron_lowbit.collectives import all_reduce
 from megatron_lowbit.engines.base import Engine
 from megatron_lowbit.engines.registry import engine_class
 from megatron_lowbit.telemetry import ring_bytes
@@ -50,18 +51,24 @@ def run(job: dict) -> None:
 class AllReduces:
     """What goes through torch.distributed.all_reduce meanwhile: seconds of each call, bytes this rank sends (a ring).
 
-    Frameworks call it, and the patches for what they leave exact. wait: called before the clock is read.
+    Frameworks call it, and we for some of what stays exact, which `lowbit.stats()` counts too: so its bytes are not
+    among these. wait: called before the clock is read.
     """
 
     def __init__(self, wait: Callable[[], object]) -> None:
-        self.seconds, self.sent, self._wait, self._original = [], 0, wait, None
+        self.seconds, self.sent, self._wait, self._original, self._ours = [], 0, wait, None, None
 
     def __enter__(self) -> AllReduces:
         self._original, dist.all_reduce = dist.all_reduce, self._timed
+        self._ours, all_reduce.exact = all_reduce.exact, self._counted
         return self
 
     def __exit__(self, *_: object) -> None:
-        dist.all_reduce = self._original
+        dist.all_reduce, all_reduce.exact = self._original, self._ours
+
+    def _counted(self, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        self.sent -= ring_bytes(x.nbytes, dist.get_world_size(group))
+        return self._ours(x, group)
 
     def _timed(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self._wait()
@@ -162,7 +169,6 @@ def one_request(steps: Any, ids: torch.Tensor, prompt: int, wait: Callable[[], o
         logits.argmax().item()  # as who samples does: waits for the device too
         prefill = time.perf_counter() - start
     sites, decode = lowbit.stats(), []
-    compressed = [site for site in sites.values() if "exact" not in site["paths"]]
     lowbit.reset_stats()
     for position in range(prompt, ids.shape[1]):  # fixed tokens: every way does the same work
         start = time.perf_counter()
@@ -170,7 +176,7 @@ def one_request(steps: Any, ids: torch.Tensor, prompt: int, wait: Callable[[], o
         decode.append(time.perf_counter() - start)
     return {
         "prefill": prefill, "decode": decode, "all_reduces": sums.seconds, "logits": logits,
-        "bytes_sent": sums.sent + sum(site["bytes_sent"] for site in compressed),
+        "bytes_sent": sums.sent + sum(site["bytes_sent"] for site in sites.values()),
         "paths": _paths(sites.values()), "decode_paths": _paths(lowbit.stats().values()),
     }  # fmt: skip
 

@@ -130,7 +130,7 @@ def test_what_is_left_exact_goes_over_the_ranks_own_connections(world, transport
 
 def _not_selected(rank, world):
     os.environ["LOWBIT_LINK"] = "slow"
-    x = torch.randn(2500, 1024, generator=torch.Generator().manual_seed(rank)).bfloat16()
+    x = torch.randn(500, 1024, generator=torch.Generator().manual_seed(rank)).bfloat16()
     config = lowbit.CommConfig("int4:g32", sites=("other",))
     known = communicator(None, config)
     assert known._decide(x, "s").chunks > 1
@@ -138,15 +138,11 @@ def _not_selected(rank, world):
     return {"result": result, "stats": lowbit.stats()["s"]}
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_large_messages_are_left_exact_in_chunks(world):
-    ranks = run_ranks(world, _not_selected)
-    drawn = [torch.randn(2500, 1024, generator=torch.Generator().manual_seed(rank)).bfloat16() for rank in range(world)]
-    expected = drawn[0].float()
-    for x in drawn[1:]:
-        expected = expected + x.float()
+def test_large_messages_are_left_exact_in_chunks():
+    ranks = run_ranks(2, _not_selected)
+    one, other = (torch.randn(500, 1024, generator=torch.Generator().manual_seed(rank)).bfloat16() for rank in (0, 1))
     for told in ranks:
-        assert torch.equal(told["result"], expected.bfloat16())
+        assert torch.equal(told["result"], (one.float() + other.float()).bfloat16())
         assert told["stats"]["paths"] == {"exact": 1} and told["stats"]["fallbacks"] == {"site not selected": 1}
 
 

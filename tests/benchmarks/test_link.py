@@ -39,8 +39,8 @@ def test_every_operation_in_turn(tmp_path):
         exact = spec != "int4:g32" or (algorithm == "gate" and nbytes < 1 << 18)
         assert row["path"] == ("exact" if exact else "one-shot")
         sent = nbytes * (5 / 16 if not exact else 2 if spec == "fp32" else 1)
-        assert row["bytes_sent"] == pytest.approx(sent)
-        assert row["wire_ms"] == (pytest.approx(sent * 8e-6 / rate) if rate else None)
+        assert row["bytes_sent"] == pytest.approx(sent, rel=1e-3)  # each chunk's wire is whole words
+        assert row["wire_ms"] == (pytest.approx(row["bytes_sent"] * 8e-6 / rate) if rate else None)
         base = found[nbytes, "bf16", "exact"]["median_ms"]
         assert row["ratio_to_gloo_bf16"] == pytest.approx(base / row["median_ms"])
 

@@ -38,7 +38,7 @@ def test_thresholds_beside_what_is_held():
             rows.append(row | {"bytes": 4096 << i, "spec": spec, "algorithm": "auto", "median_ms": ms})
             rows.append(row | {"bytes": 4096 << i, "spec": spec, "algorithm": "gate", "median_ms": 0.0})
     columns, lines = thresholds([*rows, *({**r, "rate_gbit": None} for r in rows)])
-    (_, quick, slow), *_ = links.named("cpu", "medium").worth
+    (_, quick, slow, _), *_ = links.named("cpu", "medium").worth
     assert columns == ["link", "kind", "`int4:g32`", "`gauss4:g128:trellis`"]
     cells = [f"8 KiB ({quick >> 10:,} KiB)", f"never ({slow >> 10:,} KiB)"]
     assert lines == [["1 Gbit/s, 2 ranks", "medium", *cells]]
