@@ -40,7 +40,7 @@ def whole(group: dist.ProcessGroup, kept: object = None) -> Iterator[None]:
         with mesh.whole() if mesh else nullcontext():
             yield
     except BaseException:
-        _interrupted[group] = kept if mesh is None else None
+        _interrupted[group] = kept
         raise
 
 
